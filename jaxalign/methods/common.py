@@ -1,0 +1,60 @@
+"""What the offline methods share: splitting variables, starting a state, packing examples, evaluating."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxalign.losses import TokenStatistics, token_statistics
+from jaxalign.models import Model
+from jaxalign.packing import pack
+from jaxalign.training.state import TrainState, init_state
+from jaxalign.training.step import evaluate
+from jaxalign.types import Array, Batch, Mean, Metrics, PyTree, Variables
+
+Example = dict[str, Any]
+
+
+def split_variables(variables: Variables) -> tuple[Variables, Variables]:
+    """The trainable collections and the frozen rest."""
+    return {"params": variables["params"]}, {name: tree for name, tree in variables.items() if name != "params"}
+
+
+def join_variables(params: Variables, frozen: Variables) -> Variables:
+    """The inverse of `split_variables`."""
+    return {**frozen, **params}
+
+
+def start(model: Model, variables: Variables, optimizer: optax.GradientTransformation, key: jax.Array) -> tuple[TrainState, Variables]:
+    """The state at step 0 and the frozen variables; what the step donates is copied."""
+    del model
+    params, frozen = split_variables(variables)
+    return init_state(params, optimizer, key), frozen
+
+
+def read(model: Model, variables: Variables, batch: Batch, key: jax.Array | None, chunk: int) -> TokenStatistics:
+    """Runs the model on a micro-batch and the head where its predictions ask."""
+    hidden, _, _ = model.apply(variables, batch.rows, key=key)
+    return token_statistics(partial(model.logits, variables), hidden, batch.predictions, chunk=chunk)
+
+
+def masked_mean(x: Array, mask: Array) -> Mean:
+    """A metric: the mean of x where the mask is 1."""
+    return Mean(jnp.where(mask > 0, x, 0).sum().astype(jnp.float32), mask.sum().astype(jnp.float32))
+
+
+def make_eval_step(method: ModuleType, config: Any, model: Model) -> Callable[[PyTree, PyTree, Batch], Metrics]:
+    """`(params, frozen, batch) -> metrics` of a method's loss, without gradients or dropout."""
+    return partial(evaluate, method.make_loss(config, model), method.totals)
+
+
+def pack_examples(method: ModuleType, config: Any, examples: Sequence[Example], **layout: Any) -> Batch:
+    """Packs examples as the method's documents; `layout` as `packing.pack`."""
+    documents = [method.to_document(config, example) for example in examples]
+    return pack(documents, completions=method.COMPLETIONS, share_prompt=getattr(config, "share_prompt", True), **layout)

@@ -1,0 +1,305 @@
+"""The one decoder: built from a `ModelConfig`, used as pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxalign.models.attention import Keys, attend, cache_mask, rows_mask
+from jaxalign.models.config import ModelConfig, Rope, segments
+from jaxalign.types import Array, TokenRows, Variables
+
+Remat = Literal["none", "dots", "full"]
+DType = Literal["float32", "bfloat16", "float16", "float64"]
+
+ACTIVATION_FUNCTIONS = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of tokens already read.
+
+    Attributes:
+      k: `[layers, slots, capacity, kv_heads, head_dim]`; the token at position p of a slot lies at index p.
+      v: the same for values.
+      positions: int32 `[slots, capacity]`, the token's position; -1 = empty.
+    """
+
+    k: Array
+    v: Array
+    positions: Array
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder as pure functions of its variables (`{"params": ...}`).
+
+    Attributes:
+      config: what it computes.
+      init: `key -> variables`, a random model (normal, standard deviation 0.02).
+      apply: `(variables, rows, cache=None, *, key=None) -> (hidden [rows, length, embed_dim], cache, aux)`. With a
+        cache, row i continues slot i and the returned cache holds the new tokens too; dropout is on only with a key;
+        `aux` is a dict of float32 scalars to add to a loss, empty for dense models.
+      logits: `(variables, hidden [..., embed_dim]) -> float32 [..., vocab_size]`.
+    """
+
+    config: ModelConfig
+    init: Callable[[jax.Array], Variables]
+    apply: Callable[..., tuple[jax.Array, Cache | None, dict[str, jax.Array]]]
+    logits: Callable[[Variables, Array], jax.Array]
+
+
+def build(
+    config: ModelConfig, *, param_dtype: DType = "float32", compute_dtype: DType = "float32", remat: Remat = "none"
+) -> Model:
+    """Builds the decoder.
+
+    Args:
+      config: the model.
+      param_dtype: dtype of the parameters that `init` makes.
+      compute_dtype: dtype of activations and matrix products; norms, softmax and logits are float32 or wider.
+      remat: what the backward pass recomputes: nothing, all but matrix products, or whole blocks.
+    """
+    decoder = _Decoder(config, jnp.dtype(param_dtype), jnp.dtype(compute_dtype), remat)
+
+    def init(key: jax.Array) -> Variables:
+        rows = TokenRows.from_padded(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
+        return {"params": decoder.init(key, rows, None)["params"]}
+
+    def apply(variables: Variables, rows: TokenRows, cache: Cache | None = None, *, key: jax.Array | None = None):
+        rngs = {} if key is None else {"dropout": key}
+        hidden, cache = decoder.apply(variables, rows, cache, rngs=rngs)
+        return hidden, cache, {}
+
+    def logits(variables: Variables, hidden: Array) -> jax.Array:
+        params, dtype = variables["params"], jnp.dtype(compute_dtype)
+        equation = "...d,vd->...v" if config.tie_embeddings else "...d,dv->...v"
+        table = params["embed"]["embedding"] if config.tie_embeddings else params["head"]["kernel"]
+        wide = jnp.promote_types(dtype, jnp.float32)
+        return jnp.einsum(equation, hidden.astype(dtype), table.astype(dtype), preferred_element_type=wide)
+
+    return Model(config, init, apply, logits)
+
+
+def init_cache(config: ModelConfig, slots: int, capacity: int, dtype: DType = "float32") -> Cache:
+    """An empty cache for `slots` documents of up to `capacity` tokens."""
+    shape = (config.num_layers, slots, capacity, config.num_kv_heads, config.head_dim)
+    empty = jnp.zeros(shape, dtype)
+    return Cache(empty, empty, jnp.full((slots, capacity), -1, jnp.int32))
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> jax.Array:
+    """Angle per position of each pair of dimensions, float32 `[head_dim / 2]`.
+
+    `theta ** (-2 i / head_dim)`, scaled as the kind says. Source: Su et al., arXiv 2104.09864; Llama 3.1's scaling as
+    in its reference code (wavelengths between the two bounds are blended linearly in original_max_position / wavelength).
+    """
+    base = 1.0 / rope.theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if rope.kind == "linear":
+        return base / rope.factor
+    if rope.kind == "llama3":
+        turns = rope.original_max_position * base / (2 * math.pi)
+        blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        blend = jnp.clip(blend, 0.0, 1.0)
+        return base * (blend + (1 - blend) / rope.factor)
+    return base
+
+
+def rotate(x: Array, angles: Array) -> jax.Array:
+    """Rotates dimension i with dimension i + head_dim / 2: x `[rows, length, heads, head_dim]`, angles `[rows, length, head_dim / 2]`."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    sin, cos = jnp.sin(angles)[:, :, None].astype(wide), jnp.cos(angles)[:, :, None].astype(wide)
+    first, second = jnp.split(x.astype(wide), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class _Norm(nn.Module):
+    kind: str
+    eps: float
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype).astype(wide.dtype)
+        if self.kind == "layer":
+            wide = wide - wide.mean(-1, keepdims=True)
+        normed = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+        if self.kind == "layer":
+            bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
+            normed = normed + bias.astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return normed.astype(x.dtype)
+
+
+class _Linear(nn.Module):
+    """`x @ kernel (+ bias)` over the last `inputs` axes of x."""
+
+    features: tuple[int, ...]
+    use_bias: bool
+    param_dtype: jnp.dtype
+    inputs: int = 1
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (*x.shape[x.ndim - self.inputs :], *self.features)
+        kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.param_dtype).astype(x.dtype)
+        axes = tuple(range(x.ndim - self.inputs, x.ndim))
+        y = jax.lax.dot_general(x, kernel, ((axes, tuple(range(self.inputs))), ((), ())))
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, self.features, self.param_dtype).astype(x.dtype)
+            y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        return y
+
+
+class _Attention(nn.Module):
+    config: ModelConfig
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, angles, mask, cached):
+        c, linear = self.config, partial(_Linear, param_dtype=self.param_dtype)
+        query = linear((c.num_heads, c.head_dim), c.qkv_bias, name="query")(x)
+        key = linear((c.num_kv_heads, c.head_dim), c.qkv_bias, name="key")(x)
+        value = linear((c.num_kv_heads, c.head_dim), c.qkv_bias, name="value")(x)
+        if c.qk_norm:
+            query = _Norm("rms", c.norm_eps, self.param_dtype, name="query_norm")(query)
+            key = _Norm("rms", c.norm_eps, self.param_dtype, name="key_norm")(key)
+        if angles is not None:
+            query, key = rotate(query, angles), rotate(key, angles)
+        drop = c.attention_dropout if self.has_rng("dropout") else 0.0
+        mixed = attend(
+            query,
+            (*cached, Keys(key, value, mask)),
+            scale=c.head_dim**-0.5,
+            dropout=drop,
+            dropout_key=self.make_rng("dropout") if drop else None,
+        )
+        return linear((c.embed_dim,), c.output_bias, inputs=2, name="output")(mixed), key, value
+
+
+class _Mlp(nn.Module):
+    config: ModelConfig
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        c, linear = self.config, partial(_Linear, use_bias=self.config.mlp_bias, param_dtype=self.param_dtype)
+        activation = ACTIVATION_FUNCTIONS[c.activation]
+        up = linear((c.mlp_dim,), name="up")(x)
+        inner = activation(linear((c.mlp_dim,), name="gate")(x)) * up if c.gated_mlp else activation(up)
+        return linear((c.embed_dim,), name="down")(inner)
+
+
+class _Block(nn.Module):
+    config: ModelConfig
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, angles, mask, cached):
+        c = self.config
+        norm = partial(_Norm, c.norm, c.norm_eps, self.param_dtype)
+        drop = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
+        mixed, key, value = _Attention(c, self.param_dtype, name="attention")(norm(name="attention_norm")(x), angles, mask, cached)
+        x = x + drop(mixed)
+        x = x + drop(_Mlp(c, self.param_dtype, name="mlp")(norm(name="mlp_norm")(x)))
+        return x, key, value
+
+
+class _Pattern(nn.Module):
+    """The blocks of one repeat of a segment: the body of the scan."""
+
+    config: ModelConfig
+    param_dtype: jnp.dtype
+    windows: tuple[int | None, ...]
+
+    @nn.compact
+    def __call__(self, x, first_layer, angles, masks, cache, cache_masks):
+        new, kinds = [], _kinds(self.config)
+        for place, window in enumerate(self.windows):
+            kind = kinds.index(window)
+            cached = ()
+            if cache is not None:
+                layer = [jax.lax.dynamic_index_in_dim(a, first_layer + place, keepdims=False) for a in (cache.k, cache.v)]
+                cached = (Keys(layer[0].astype(x.dtype), layer[1].astype(x.dtype), cache_masks[kind]),)
+            x, key, value = _Block(self.config, self.param_dtype, name=f"block_{place}")(x, angles, masks[kind], cached)
+            new.append((key, value))
+        # Without a cache nobody wants the keys and values: stacking them would cost memory.
+        return x, None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
+
+
+class _Decoder(nn.Module):
+    config: ModelConfig
+    param_dtype: jnp.dtype
+    compute_dtype: jnp.dtype
+    remat: Remat
+
+    @nn.compact
+    def __call__(self, rows, cache):
+        c = self.config
+        embed = nn.Embed(c.vocab_size, c.embed_dim, embedding_init=nn.initializers.normal(0.02), param_dtype=self.param_dtype, name="embed")
+        x = embed(rows.tokens)
+        if c.learned_positions:
+            table = nn.Embed(c.max_position, c.embed_dim, embedding_init=nn.initializers.normal(0.02), param_dtype=self.param_dtype, name="positions")
+            x = x + table(rows.positions)
+        x = x.astype(self.compute_dtype)
+        x = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))(x)
+        angles = rows.positions[..., None] * rope_frequencies(c.rope, c.head_dim).reshape(1, 1, -1) if c.rope else None
+        masks = tuple(rows_mask(rows, window) for window in _kinds(c))
+        cache_masks = () if cache is None else tuple(cache_mask(rows, cache.positions, window) for window in _kinds(c))
+        new = []
+        for index, segment in enumerate(segments(c)):
+            x, keys = self._scan(segment)(c, self.param_dtype, segment.windows, name=f"segment_{index}")(
+                x, segment.start + jnp.arange(segment.repeats) * len(segment.windows), angles, masks, cache, cache_masks
+            )
+            new.append(keys)
+        if c.tie_embeddings is False:
+            # The head is applied by `Model.logits`; it is declared here so that `init` makes it.
+            self.param("head", lambda key, shape: {"kernel": nn.initializers.normal(0.02)(key, shape, self.param_dtype)}, (c.embed_dim, c.vocab_size))
+        x = _Norm(c.norm, c.norm_eps, self.param_dtype, name="final_norm")(x)
+        return x, None if cache is None else _write(cache, rows, new)
+
+    def _scan(self, segment):
+        body = _Pattern
+        if self.remat != "none":
+            body = nn.remat(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        return nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=segment.repeats,
+        )
+
+
+def _kinds(config: ModelConfig) -> list[int | None]:
+    """The different windows, in order of appearance: one mask each."""
+    return list(dict.fromkeys(config.windows))
+
+
+def _write(cache: Cache, rows: TokenRows, new: list) -> Cache:
+    """Scatters the new tokens of all layers into the cache at once; padding is dropped."""
+    flat = [jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), each) for each in new]
+    key, value = jax.tree.map(lambda *a: jnp.concatenate(a), *flat)
+    slots = jnp.arange(rows.tokens.shape[0])[:, None]
+    index = jnp.where(rows.documents > 0, rows.positions, cache.positions.shape[1])
+    return Cache(
+        k=cache.k.at[:, slots, index].set(key.astype(cache.k.dtype), mode="drop"),
+        v=cache.v.at[:, slots, index].set(value.astype(cache.v.dtype), mode="drop"),
+        positions=cache.positions.at[slots, index].set(rows.positions, mode="drop"),
+    )

@@ -1,0 +1,306 @@
+"""Examples -> rows: the plan is made from lengths alone, so that processes agree on it without talking. numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxalign.types import Batch, Predictions, TokenRows
+
+
+@dataclass(frozen=True)
+class Document:
+    """One example as token ids: a trunk, and completions that branch off it.
+
+    Attributes:
+      trunk: int32 `[trunk tokens]`, a prompt, or a whole plain document.
+      branches: int32 `[tokens]` each, the completions of the trunk; every token of a branch is a target.
+      targets: bool `[trunk tokens]`, which trunk tokens are targets when there are no branches; index 0 never is.
+      fields: values per target by name, one float32 array per completion.
+    """
+
+    trunk: np.ndarray
+    branches: tuple[np.ndarray, ...] = ()
+    targets: np.ndarray | None = None
+    fields: Mapping[str, tuple[np.ndarray, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is placed in a row without being split, and what it asks for.
+
+    Attributes:
+      size: tokens in the row; the last token of a completion is only a target, so it takes no place.
+      predictions: targets.
+    """
+
+    size: int
+    predictions: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the pieces of a global batch go.
+
+    Attributes:
+      rows: rows per micro-batch and process.
+      length: tokens per row.
+      predictions: predictions per row.
+      places: per micro-batch and process, for each row the pieces in it as (document, branch); branch -1 = all of it.
+    """
+
+    rows: int
+    length: int
+    predictions: int
+    places: tuple[tuple[tuple[tuple[tuple[int, int], ...], ...], ...], ...]
+
+
+def measure(trunk: int, branches: Sequence[int] = (), last_target: int = 0, targets: int = 0) -> Piece:
+    """The piece of a document with shared prompt, from lengths: branch lengths, or where a plain trunk's targets are."""
+    if branches:
+        return Piece(trunk + sum(max(n - 1, 0) for n in branches), sum(branches))
+    return Piece(last_target, targets)
+
+
+def measure_document(document: Document) -> Piece:
+    """The piece of a document with shared prompt."""
+    if document.branches:
+        return measure(len(document.trunk), [len(branch) for branch in document.branches])
+    wanted = np.flatnonzero(_trunk_targets(document))
+    return measure(len(document.trunk), (), int(wanted[-1]) if len(wanted) else 0, len(wanted))
+
+
+def unshare(trunk: int, branches: Sequence[int]) -> list[Piece]:
+    """The pieces when every completion gets its own copy of the prompt."""
+    return [measure(trunk, [n]) for n in branches]
+
+
+def bucket(n: int, multiple: int = 1) -> int:
+    """The smallest allowed count >= n: in steps of an eighth of the power of two below, so that few shapes compile."""
+    units = -(-max(n, 1) // multiple)
+    step = max(1, 1 << max(0, (units - 1).bit_length() - 4))
+    return -(-units // step) * step * multiple
+
+
+def first_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
+    """First-fit decreasing: indices of `sizes` per row; equal sizes keep their order."""
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        row = next((r for r, space in enumerate(free) if space >= sizes[index]), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            free.append(length)
+        rows[row].append(index)
+        free[row] -= sizes[index]
+    return rows
+
+
+def plan(
+    pieces: Sequence[Sequence[Piece]],
+    *,
+    micro_batches: int,
+    micro_batch_size: int,
+    length: int,
+    shards: int = 1,
+    processes: int = 1,
+) -> Plan:
+    """Plans a global batch.
+
+    Args:
+      pieces: per document of the global batch, in its order: one piece, or one per completion (prompt not shared).
+      micro_batches: number of micro-batches; the last ones may be partly or wholly empty.
+      micro_batch_size: documents per micro-batch.
+      length: tokens per row.
+      shards: rows per process are a multiple of this (the devices of one process that split the batch).
+      processes: document i belongs to process `i % processes`.
+
+    Raises:
+      ValueError: a document longer than a row, or more documents than places.
+    """
+    if len(pieces) > micro_batches * micro_batch_size:
+        raise ValueError(f"{len(pieces)} examples do not fit {micro_batches} micro-batches of {micro_batch_size}")
+    for index, document in enumerate(pieces):
+        longest = max((piece.size for piece in document), default=0)
+        if longest > length:
+            raise ValueError(f"example {index} of the batch needs {longest} tokens, but a row has {length}")
+    places, most_rows, most_predictions = [], 1, 1
+    for micro in range(micro_batches):
+        members = range(micro * micro_batch_size, min((micro + 1) * micro_batch_size, len(pieces)))
+        per_process = []
+        for process in range(processes):
+            names = _names([i for i in members if i % processes == process], pieces)
+            sizes = [_piece(pieces, name).size for name in names]
+            packed = tuple(tuple(names[i] for i in row) for row in first_fit(sizes, length))
+            predictions = [sum(_piece(pieces, name).predictions for name in row) for row in packed]
+            most_rows, most_predictions = max(most_rows, len(packed)), max([most_predictions, *predictions])
+            per_process.append(packed)
+        places.append(tuple(per_process))
+    return Plan(bucket(most_rows, shards), length, bucket(most_predictions, 32), tuple(places))
+
+
+def build(plan: Plan, documents: Mapping[int, Document], *, micro_batch_size: int, completions: int, process: int = 0) -> Batch:
+    """The rows of one process.
+
+    Args:
+      plan: of the global batch.
+      documents: by their index in the global batch; those of other processes are not looked up.
+      micro_batch_size: documents per micro-batch, as planned.
+      completions: completions per document; completion k of a micro-batch's document i is number `i * completions + k`.
+      process: which process's rows to build.
+
+    Returns:
+      numpy arrays; `present` covers all processes' completions.
+    """
+    micro = len(plan.places)
+    rows = {name: np.zeros((micro, plan.rows, plan.length), np.int32) for name in ("tokens", "positions", "documents", "branches")}
+    shape = (micro, plan.rows, plan.predictions)
+    predictions = {name: np.zeros(shape, np.int32) for name in ("sources", "targets", "steps")}
+    predictions["completions"] = np.full(shape, -1, np.int32)
+    present = np.zeros((micro, micro_batch_size * completions), np.float32)
+    fields: dict[str, np.ndarray] = {}
+    for m, per_process in enumerate(plan.places):
+        for document, branch in (name for packed in per_process for row in packed for name in row):
+            first = (document % micro_batch_size) * completions
+            present[m, first + np.arange(completions) if branch < 0 else first + branch] = 1
+        for r, row in enumerate(per_process[process]):
+            start = asked = 0
+            for number, (index, branch) in enumerate(row, 1):
+                piece = _lay_out(documents[index], branch, (index % micro_batch_size) * completions)
+                size, wanted = len(piece["tokens"]), len(piece["targets"])
+                for name, values in rows.items():
+                    values[m, r, start : start + size] = number if name == "documents" else piece[name]
+                for name, values in predictions.items():
+                    values[m, r, asked : asked + wanted] = piece[name] + (start if name == "sources" else 0)
+                for name, values in piece["fields"].items():
+                    fields.setdefault(name, np.zeros(shape, np.float32))[m, r, asked : asked + wanted] = values
+                start, asked = start + size, asked + wanted
+    return Batch(TokenRows(**rows), Predictions(**predictions), present, fields)
+
+
+def pack(
+    documents: Sequence[Document],
+    *,
+    completions: int,
+    micro_batch_size: int | None = None,
+    micro_batches: int | None = None,
+    length: int | None = None,
+    share_prompt: bool = True,
+    shards: int = 1,
+) -> Batch:
+    """Plans and builds a batch in one process.
+
+    Args:
+      documents: the examples of the global batch.
+      completions: completions per document.
+      micro_batch_size: documents per micro-batch; all in one by default.
+      micro_batches: as many as are needed by default.
+      length: tokens per row; by default the longest document's, rounded up to a multiple of 64.
+      share_prompt: one copy of the prompt for all branches of a document, or one for each.
+      shards: rows are a multiple of this.
+    """
+    micro_batch_size = micro_batch_size or max(len(documents), 1)
+    micro_batches = micro_batches or max(1, -(-len(documents) // micro_batch_size))
+    pieces = [pieces_of(document, share_prompt) for document in documents]
+    length = length or -(-max((piece.size for each in pieces for piece in each), default=1) // 64) * 64
+    planned = plan(pieces, micro_batches=micro_batches, micro_batch_size=micro_batch_size, length=length, shards=shards)
+    return build(planned, dict(enumerate(documents)), micro_batch_size=micro_batch_size, completions=completions)
+
+
+def pieces_of(document: Document, share_prompt: bool) -> list[Piece]:
+    """The pieces of a document, in branch order when the prompt is not shared."""
+    if document.branches and not share_prompt:
+        return unshare(len(document.trunk), [len(branch) for branch in document.branches])
+    return [measure_document(document)]
+
+
+def choose_length(
+    pieces: Sequence[Sequence[Piece]], micro_batch_size: int, *, attention_weight: float, multiple: int = 64, longest: int | None = None
+) -> int:
+    """The row length that makes a set of examples cheapest to train on.
+
+    Cuts the examples into micro-batches as they stand, packs each at every candidate length (multiples of `multiple`
+    between the longest example and four times that) and adds up `rows * length * (1 + attention_weight * length)`.
+
+    Args:
+      pieces: of a sample of the data set, in training order or shuffled.
+      micro_batch_size: documents per micro-batch.
+      attention_weight: cost of one token attending to one key, over the cost of one token in the blocks.
+      multiple: row lengths are multiples of this.
+      longest: the data set's longest piece, where the sample may lack it.
+    """
+    sizes = [[piece.size for piece in document] for document in pieces]
+    longest = max([longest or 1, *(size for document in sizes for size in document)])
+    shortest = -(-longest // multiple)
+    groups = [sum(sizes[i : i + micro_batch_size], []) for i in range(0, len(sizes), micro_batch_size)]
+
+    def cost(length: int) -> float:
+        rows = sum(bucket(len(first_fit(group, length))) for group in groups)
+        return rows * length * (1 + attention_weight * length)
+
+    return min((n * multiple for n in range(shortest, 4 * shortest + 1)), key=cost)
+
+
+def efficiency(batch: Batch) -> float:
+    """Real tokens over row tokens."""
+    documents = np.asarray(batch.rows.documents)
+    return float((documents > 0).sum() / documents.size)
+
+
+def _trunk_targets(document: Document) -> np.ndarray:
+    if document.targets is None:
+        raise ValueError("a document without branches needs `targets`: which of its tokens are predicted")
+    if len(document.targets) and document.targets[0]:
+        raise ValueError("the first token of a document has nothing before it and cannot be a target")
+    return document.targets
+
+
+def _names(members: Sequence[int], pieces: Sequence[Sequence[Piece]]) -> list[tuple[int, int]]:
+    return [(i, b if len(pieces[i]) > 1 else -1) for i in members for b in range(len(pieces[i]))]
+
+
+def _piece(pieces: Sequence[Sequence[Piece]], name: tuple[int, int]) -> Piece:
+    return pieces[name[0]][max(name[1], 0)]
+
+
+def _lay_out(document: Document, branch: int, first_completion: int) -> dict:
+    if not document.branches:
+        return _lay_out_trunk(document, first_completion)
+    chosen = range(len(document.branches)) if branch < 0 else [branch]
+    trunk = len(document.trunk)
+    parts: dict[str, list] = {"tokens": [document.trunk], "positions": [np.arange(trunk)], "branches": [np.zeros(trunk)]}
+    asked: dict[str, list] = {"sources": [], "targets": [], "completions": [], "steps": []}
+    start = trunk
+    for b in chosen:
+        tokens = document.branches[b]
+        size = max(len(tokens) - 1, 0)
+        parts["tokens"].append(tokens[:size])
+        parts["positions"].append(trunk + np.arange(size))
+        parts["branches"].append(np.full(size, b + 1))
+        # The trunk's last token predicts a branch's first.
+        asked["sources"].append(np.concatenate([[trunk - 1], start + np.arange(size)])[: len(tokens)])
+        asked["targets"].append(tokens)
+        asked["completions"].append(np.full(len(tokens), first_completion + b))
+        asked["steps"].append(np.arange(len(tokens)))
+        start += size
+    joined = {name: np.concatenate(values).astype(np.int32) for name, values in {**parts, **asked}.items()}
+    fields = {name: np.concatenate([values[b] for b in chosen]) for name, values in document.fields.items()}
+    return {**joined, "fields": fields}
+
+
+def _lay_out_trunk(document: Document, completion: int) -> dict:
+    wanted = np.flatnonzero(_trunk_targets(document))
+    size = int(wanted[-1]) if len(wanted) else 0
+    return {
+        "tokens": document.trunk[:size],
+        "positions": np.arange(size),
+        "branches": np.zeros(size, np.int32),
+        "sources": wanted - 1,
+        "targets": document.trunk[wanted],
+        "completions": np.full(len(wanted), completion),
+        "steps": np.arange(len(wanted)),
+        "fields": {name: values[0] for name, values in document.fields.items()},
+    }

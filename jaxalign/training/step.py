@@ -1,0 +1,98 @@
+"""One optimiser step over micro-batches, for any loss; knows no method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxalign.training.state import TrainState
+from jaxalign.types import Array, Batch, Max, Mean, Metrics, Min, PyTree
+
+LossFn = Callable[[PyTree, PyTree, Batch, dict[str, Array], jax.Array | None], tuple[jax.Array, Metrics]]
+TotalsFn = Callable[[Batch], dict[str, Array]]
+Step = Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]
+
+
+def make_step(
+    loss: LossFn, totals: TotalsFn, optimizer: optax.GradientTransformation, learning_rate: Callable[[Array], Array] | None = None
+) -> Step:
+    """A pure step: gradients are summed over micro-batches by `lax.scan`, then applied once.
+
+    Args:
+      loss: `(params, frozen, micro_batch, totals, key) -> (sum of loss terms over their totals, metrics)`; the
+        micro-batch has no leading axis.
+      totals: counts each loss term's denominator over the global batch, before the scan; therefore losses, gradients
+        and metrics of micro-batches and devices only add.
+      optimizer: any optax transformation.
+      learning_rate: `step -> rate`, only to report it.
+
+    Returns:
+      `(state, frozen, batch) -> (state, metrics)`. The caller jits it and donates the state.
+    """
+
+    def step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, metrics = accumulate(loss, totals(batch), state.params, frozen, batch, jax.random.fold_in(state.key, state.step))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {**metrics, "grad_norm": _once(optax.global_norm(grads))}
+        if learning_rate is not None:
+            metrics["learning_rate"] = _once(learning_rate(state.step))
+        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+
+    return step
+
+
+def accumulate(
+    loss: LossFn, totals: dict[str, Array], params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array
+) -> tuple[PyTree, Metrics]:
+    """The gradient of the summed loss and its metrics, one micro-batch at a time.
+
+    Returns:
+      Gradients in the parameters' dtype (float32 at least while they are summed) and metrics, `loss` among them.
+    """
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    wide = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
+
+    def one(total, part):
+        number, micro_batch = part
+        (value, metrics), grads = gradient(params, frozen, micro_batch, totals, jax.random.fold_in(key, number))
+        return jax.tree.map(lambda a, g: a + g.astype(a.dtype), total, grads), {**metrics, "loss": Mean(value, jnp.zeros(()))}
+
+    count = batch.present.shape[0]
+    if count == 1:
+        # A scan of one would still keep a second copy of the gradients.
+        (value, metrics), summed = gradient(params, frozen, jax.tree.map(lambda x: x[0], batch), totals, jax.random.fold_in(key, 0))
+        merged: Metrics = {**metrics, "loss": Mean(value, jnp.zeros(()))}
+    else:
+        summed, stacked = jax.lax.scan(one, wide, (jnp.arange(count), batch))
+        merged = {name: merge_stacked(metric) for name, metric in stacked.items()}
+    merged["loss"] = _once(merged["loss"].total)
+    return jax.tree.map(lambda g, p: g.astype(p.dtype), summed, params), merged
+
+
+def evaluate(loss: LossFn, totals: TotalsFn, params: PyTree, frozen: PyTree, batch: Batch) -> Metrics:
+    """Loss and metrics of a batch without gradients or noise; `loss` is a mean weighted by the batch's `totals["loss"]`."""
+    counts = totals(batch)
+
+    def one(_, micro_batch):
+        value, metrics = loss(params, frozen, micro_batch, counts, None)
+        return None, {**metrics, "loss": Mean(value, jnp.zeros(()))}
+
+    _, stacked = jax.lax.scan(one, None, batch)
+    merged = {name: merge_stacked(metric) for name, metric in stacked.items()}
+    merged["loss"] = Mean(merged["loss"].total * counts["loss"], counts["loss"])
+    return merged
+
+
+def merge_stacked(metric):
+    """Merges a metric whose leaves carry a leading axis of parts."""
+    if isinstance(metric, Mean):
+        return Mean(metric.total.sum(0), metric.weight.sum(0))
+    return Min(metric.least.min(0)) if isinstance(metric, Min) else Max(metric.most.max(0))
+
+
+def _once(value: Array) -> Mean:
+    return Mean(jnp.asarray(value, jnp.float32), jnp.ones((), jnp.float32))

@@ -24,6 +24,7 @@ from jaxalign.types import Array, Batch, Metrics, Variables
 
 KIND = "preference"
 COMPLETIONS = 2
+NEEDS_REFERENCE = True
 LEARNING_RATE = 1e-6
 
 

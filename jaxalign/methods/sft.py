@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -21,6 +22,7 @@ from jaxalign.types import Array, Batch, Variables
 
 KIND = "sft"
 COMPLETIONS = 1
+NEEDS_REFERENCE = False
 LEARNING_RATE = 2e-5
 
 
@@ -67,7 +69,7 @@ def make_loss(config: Config, model: Model) -> LossFn:
         key = None if config.disable_dropout else key
         tokens = common.read(model, common.join_variables(params, frozen), batch, key, config.logits_chunk)
         real = (batch.predictions.completions >= 0).astype(tokens.logps.dtype)
-        value = -common.masked_mean(tokens.logps, real).total / jax.numpy.maximum(totals["loss"], 1)
+        value = -jnp.where(real > 0, tokens.logps, 0).sum() / jnp.maximum(totals["loss"], 1)
         metrics = {
             "entropy": common.masked_mean(tokens.entropy, real),
             "mean_token_accuracy": common.masked_mean(tokens.hits, real),

@@ -1,7 +1,24 @@
 """Decoder models as pure functions, and their Hugging Face, GGUF and export formats."""
 
 from jaxalign.models.config import ModelConfig, Rope
+from jaxalign.models.export import save
 from jaxalign.models.families import FAMILIES
+from jaxalign.models.identity import end_ids, fingerprint
+from jaxalign.models.pretrained import load, load_config, load_tokenizer
 from jaxalign.models.transformer import Cache, Model, build, init_cache
 
-__all__ = ["FAMILIES", "Cache", "Model", "ModelConfig", "Rope", "build", "init_cache"]
+__all__ = [
+    "FAMILIES",
+    "Cache",
+    "Model",
+    "ModelConfig",
+    "Rope",
+    "build",
+    "end_ids",
+    "fingerprint",
+    "init_cache",
+    "load",
+    "load_config",
+    "load_tokenizer",
+    "save",
+]

@@ -57,16 +57,17 @@ def attend(
       dropout_key: needed when `dropout` is not 0.
 
     Returns:
-      `[rows, queries, heads, head_dim]` in the query's dtype; scores and softmax are float32. A query that sees
+      `[rows, queries, heads, head_dim]` in the query's dtype; scores and softmax are float32 or wider. A query that sees
       nothing gets a finite value that nobody reads.
     """
     rows, queries, heads, head_dim = query.shape
     kv_heads = keys[0].key.shape[2]
+    wide = jnp.promote_types(query.dtype, jnp.float32)
     grouped = (query * scale).reshape(rows, queries, kv_heads, heads // kv_heads, head_dim)
     scores = [
         jnp.where(
             each.mask[:, None, None],
-            jnp.einsum("rqhgd,rkhd->rhgqk", grouped, each.key, preferred_element_type=jnp.float32),
+            jnp.einsum("rqhgd,rkhd->rhgqk", grouped, each.key, preferred_element_type=wide),
             MASKED,
         )
         for each in keys

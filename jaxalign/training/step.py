@@ -37,7 +37,7 @@ def make_step(
         grads, metrics = accumulate(loss, totals(batch), state.params, frozen, batch, jax.random.fold_in(state.key, state.step))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {**metrics, "grad_norm": _once(optax.global_norm(grads))}
+        metrics = {**metrics, "grad_norm": _once(optax.tree.norm(grads))}
         if learning_rate is not None:
             metrics["learning_rate"] = _once(learning_rate(state.step))
         return TrainState(state.step + 1, params, opt_state, state.key), metrics

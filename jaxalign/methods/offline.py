@@ -1,0 +1,225 @@
+"""The source of every offline method: packed batches of a data set, with the reference's log-probs filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxalign.data import Batches, Examples
+from jaxalign.methods.common import Example
+from jaxalign.models import ModelConfig
+from jaxalign.models.config import count_params
+from jaxalign.packing import Piece, build, choose_length, pieces_of, plan
+from jaxalign.sharding import data_shards, place_batch
+from jaxalign.types import Batch
+
+# How many micro-batches `choose_length` looks at: enough for a steady mean, few enough to take no time.
+SAMPLED_MICRO_BATCHES = 64
+
+
+class ExampleList(Protocol):
+    """Examples by number, as dicts of arrays."""
+
+    def __len__(self) -> int:
+        """How many."""
+        ...
+
+    def __getitem__(self, i: int, /) -> Example:
+        """Example `i`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a global batch becomes arrays.
+
+    Attributes:
+      batch_size: examples per optimiser step, over all processes.
+      micro_batch_size: examples per micro-batch, over all processes.
+      length: tokens per row.
+      shards: devices of this process that split the rows.
+      process: number of this process.
+      processes: number of processes.
+    """
+
+    batch_size: int
+    micro_batch_size: int
+    length: int
+    shards: int = 1
+    process: int = 0
+    processes: int = 1
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch on the host: its rows of this process, and the `num_tokens` of the global batch's examples."""
+
+    batch: Batch
+    num_tokens: int
+
+
+class OfflineSource:
+    """Batches of a data set; the train state is not looked at.
+
+    Args:
+      batches: packed batches, see `make_batches`.
+      mesh: where they go.
+      fill: adds what the loss needs and the examples do not carry, for example `ref_logps`.
+    """
+
+    def __init__(self, batches: Batches[Packed], mesh: Mesh, fill: Callable[[Batch], Batch] | None = None):
+        self._batches, self._mesh, self._fill = batches, mesh, fill
+        self._num_tokens = 0
+
+    def next(self, state: Any) -> tuple[Batch, dict[str, float | int]]:
+        """The next batch on the mesh, with `epoch` and the `num_tokens` trained on so far."""
+        del state
+        host = next(self._batches)
+        self._num_tokens += host.data.num_tokens
+        batch = place_batch(self._mesh, host.data.batch)
+        metrics = {"epoch": host.epoch, "num_tokens": self._num_tokens}
+        return (self._fill(batch) if self._fill else batch), metrics
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint needs to go on with the batch after the last one given."""
+        return {**self._batches.state(), "num_tokens": self._num_tokens}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from `state`."""
+        self._batches.restore(state)
+        self._num_tokens = int(state["num_tokens"])
+
+    def close(self) -> None:
+        """Ends the prefetching threads."""
+        self._batches.close()
+
+
+def make_layout(
+    method: ModuleType,
+    config: Any,
+    examples: Sequence[Examples],
+    model: ModelConfig,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    micro_batch_size: int | None = None,
+    row_length: int | str = "auto",
+    seed: int = 0,
+) -> Layout:
+    """The layout that serves all given data sets; with `auto`, the row length that is cheapest for the first.
+
+    Raises:
+      ValueError: a micro-batch that the processes cannot share evenly, or an example longer than `row_length`.
+    """
+    processes = jax.process_count()
+    micro = micro_batch_size or batch_size
+    if micro % processes:
+        raise ValueError(f"train.micro_batch_size={micro} must be a multiple of the number of processes ({processes})")
+    longest = max(int(each.lengths["total"].max()) for each in examples)
+    if isinstance(row_length, int):
+        if row_length < longest:
+            raise ValueError(f"train.row_length={row_length}, but the longest example has {longest} tokens")
+        length = row_length
+    else:
+        first = examples[0]
+        order = np.random.default_rng(seed).permutation(len(first))[: SAMPLED_MICRO_BATCHES * micro]
+        pieces = [_pieces(method, config, first[int(i)]) for i in order]
+        length = choose_length(pieces, micro, attention_weight=attention_weight(model), longest=longest)
+    return Layout(batch_size, micro, length, data_shards(mesh) // processes or 1, jax.process_index(), processes)
+
+
+def attention_weight(model: ModelConfig) -> float:
+    """FLOPs of one token attending to one key over those of one token in the blocks."""
+    return 2 * model.num_layers * model.num_heads * model.head_dim / count_params(model, embeddings=False)
+
+
+def make_batches(
+    method: ModuleType,
+    config: Any,
+    examples: Examples,
+    layout: Layout,
+    *,
+    lookup: ExampleList | None = None,
+    seed: int = 0,
+    epochs: int | None = 1,
+    shuffle: bool = True,
+    prefetch: int = 2,
+) -> Batches[Packed]:
+    """Packed batches in global order, prefetched.
+
+    Args:
+      method: a module of `METHODS`.
+      config: its Config.
+      examples: what is counted and measured.
+      layout: see `make_layout`.
+      lookup: where the examples are taken from, if they carry more than `examples` does.
+      seed: of the order.
+      epochs: passes; None for ever.
+      shuffle: a new order each epoch.
+      prefetch: batches made ahead.
+    """
+    source = examples if lookup is None else lookup
+
+    def pack(indices: np.ndarray) -> Packed:
+        return pack_global(method, config, [source[int(i)] for i in indices], layout)
+
+    return Batches(
+        examples,
+        layout.batch_size,
+        pack,
+        seed=seed,
+        epochs=epochs,
+        shuffle=shuffle,
+        process=layout.process,
+        processes=layout.processes,
+        prefetch=prefetch,
+    )
+
+
+def pack_global(method: ModuleType, config: Any, examples: Sequence[Example], layout: Layout) -> Packed:
+    """This process's rows of a global batch; the micro-batches are always as many as a full batch has."""
+    documents = {i: method.to_document(config, example) for i, example in enumerate(examples)}
+    share = getattr(config, "share_prompt", True)
+    planned = plan(
+        [pieces_of(document, share) for document in documents.values()],
+        micro_batches=layout.batch_size // layout.micro_batch_size,
+        micro_batch_size=layout.micro_batch_size,
+        length=layout.length,
+        shards=layout.shards,
+        processes=layout.processes,
+    )
+    batch = build(
+        planned,
+        documents,
+        micro_batch_size=layout.micro_batch_size,
+        completions=method.COMPLETIONS,
+        process=layout.process,
+    )
+    return Packed(batch, sum(method.count_tokens(example) for example in examples))
+
+
+def packing_report(method: ModuleType, config: Any, examples: ExampleList, layout: Layout) -> dict[str, float]:
+    """Measures of packing over a data set in its own order: `row_length`, `efficiency`, `shapes` that will compile."""
+    used = rows = 0
+    shapes = set()
+    for batch in _cut(examples, layout.batch_size):
+        packed = pack_global(method, config, batch, layout).batch
+        used += int((np.asarray(packed.rows.documents) > 0).sum())
+        rows += int(np.asarray(packed.rows.tokens).size)
+        shapes.add((packed.rows.tokens.shape, packed.predictions.sources.shape))
+    return {"row_length": layout.length, "efficiency": used / rows, "shapes": len(shapes)}
+
+
+def _cut(examples: ExampleList, size: int) -> Iterator[list[Example]]:
+    for start in range(0, len(examples), size):
+        yield [examples[i] for i in range(start, min(start + size, len(examples)))]
+
+
+def _pieces(method: ModuleType, config: Any, example: Example) -> list[Piece]:
+    return pieces_of(method.to_document(config, example), getattr(config, "share_prompt", True))

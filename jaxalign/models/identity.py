@@ -1,0 +1,41 @@
+"""What tells one checkpoint from another, and where its completions end."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Protocol
+
+from jaxalign.models.config import ModelConfig
+from jaxalign.models.pretrained import _locate
+
+
+class HasEos(Protocol):
+    """The part of a tokenizer that is needed here."""
+
+    @property
+    def eos_token_id(self) -> Any:
+        """Id of the token that ends a completion, or None."""
+        ...
+
+
+def fingerprint(path: str | Path) -> str:
+    """SHA-256 over the weights and the config of a checkpoint: the same wherever the folder lies.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+    """
+    local = _locate(path)
+    files = sorted([local / "config.json", *local.glob("*.safetensors")]) if local.is_dir() else [local]
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            name = file.name if local.is_dir() else "model"
+            digest.update(f"{name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def end_ids(config: ModelConfig, tokenizer: HasEos) -> tuple[int, ...]:
+    """The ids that end a completion: the tokenizer's EOS, and those that the checkpoint names."""
+    known = [tokenizer.eos_token_id, *config.eos_ids]
+    return tuple(dict.fromkeys(id for id in known if isinstance(id, int)))

@@ -1,0 +1,309 @@
+"""Checkpoints in: Hugging Face folders, GGUF files and Hub names, read straight into (sharded) arrays."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from jax.sharding import Mesh, NamedSharding
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from jaxalign.models.config import ModelConfig
+from jaxalign.models.families import FAMILIES, Tensor, from_hf, tensors
+from jaxalign.models.gguf import open_gguf
+from jaxalign.models.gguf_tokenizer import rebuild_tokenizer
+from jaxalign.models.tensors import Index, Source, file_shape, read
+from jaxalign.models.transformer import DType, Model, Remat, build
+from jaxalign.sharding import param_shardings
+from jaxalign.types import Variables
+
+logger = logging.getLogger("jaxalign")
+
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+# Tensors that some checkpoints carry and no model needs: tables that are computed, and causal masks.
+IGNORED = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(bias|masked_bias))$")
+
+
+def load(
+    path: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    param_dtype: DType = "float32",
+    compute_dtype: DType = "float32",
+    remat: Remat = "none",
+) -> tuple[Model, Variables]:
+    """Loads a checkpoint.
+
+    Every leaf is read for itself, and of it only the slices that this process's devices hold: the host never holds
+    two copies of the model.
+
+    Args:
+      path: a folder with a config.json and safetensors, a `.gguf` file (or a folder with only one), or a Hub name.
+      mesh: where the parameters go, by the rules of `jaxalign.sharding`; None: the default device.
+      param_dtype: the parameters are cast to it, tensor by tensor.
+      compute_dtype: passed to `build`.
+      remat: passed to `build`.
+
+    Returns:
+      The model and its variables, `{"params": ...}`.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint, or a file of it is missing.
+      ValueError: an unknown family or setting; a tensor that is missing or of another shape; a file that is not whole.
+    """
+    source = _open(path)
+    model = build(_config(source), param_dtype=param_dtype, compute_dtype=compute_dtype, remat=remat)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))["params"]
+    places = None if mesh is None else param_shardings(mesh, shapes)
+    return model, {"params": _read_params(source, model.config, shapes, places)}
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """Only the config of what `load` would load; no tensor is read."""
+    return _config(_open(path))
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint, with its chat template; from a GGUF file it is rebuilt from the metadata.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+      ValueError: a GGUF file whose kind of tokenizer we do not know.
+    """
+    local = _locate(path)
+    if local.is_dir():
+        return AutoTokenizer.from_pretrained(local)
+    rebuilt = rebuild_tokenizer(open_gguf(local).metadata)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=rebuilt.tokenizer,
+        chat_template=rebuilt.chat_template,
+        model_max_length=rebuilt.max_length,
+        clean_up_tokenization_spaces=False,
+        **rebuilt.special_tokens,
+    )
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A Hugging Face folder as a `Source`.
+
+    Attributes:
+      path: the folder.
+      config: the content of its config.json; the end tokens are generation_config.json's where that names some.
+      shapes: shape of each tensor by the name that its family gives it.
+      stored: family's name -> name in the file (base models are stored without the prefix).
+      files: family's name -> file in the folder.
+      index: the file that lists the tensors.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    stored: Mapping[str, str]
+    files: Mapping[str, str]
+    index: Path
+
+    def file(self, name: str) -> str:
+        """The file that holds the tensor (or, if none does, the one that should list it)."""
+        return str(self.path / self.files[name]) if name in self.files else str(self.index)
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """A slice of one tensor."""
+        # Opened for this slice alone: the pages of a mapped file would otherwise pile up beside the arrays.
+        with safe_open(self.file(name), "np") as file:
+            return file.get_slice(self.stored[name])[index]
+
+
+def _locate(path: str | Path) -> Path:
+    """The local folder or GGUF file behind a path or a Hub name."""
+    local = Path(path)
+    if local.is_file():
+        if local.suffix != ".gguf":
+            raise ValueError(f"{local} is a file, but not a .gguf file; give the folder that holds config.json")
+        return local
+    if local.is_dir():
+        if (local / "config.json").is_file():
+            return local
+        found = sorted(local.glob("*.gguf"))
+        if len(found) == 1:
+            return found[0]
+        many = f" and {len(found)} .gguf files; name one of them" if found else " and no .gguf file"
+        raise FileNotFoundError(f"{local} has no config.json{many}")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path)) or local.suffix == ".gguf":
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        # Only the top folder: some repositories keep other formats in folders beside it.
+        return _locate_snapshot(snapshot_download(str(path), allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{path!r} is no folder and no .gguf file here, and the Hugging Face Hub did not give it. Without a "
+            f"network, download it elsewhere (hf download {path}) and give the folder's path. Its client said: {error}"
+        ) from error
+
+
+def _locate_snapshot(folder: str) -> Path:
+    if not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder}: the Hub's repository has no config.json; for a GGUF file, give its own path"
+        )
+    return Path(folder)
+
+
+def _open(path: str | Path) -> Source:
+    local = _locate(path)
+    return _open_folder(local) if local.is_dir() else open_gguf(local)
+
+
+def _open_folder(path: Path) -> Folder:
+    config = _read_json(path / "config.json")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method")
+        raise ValueError(
+            f"{path}: the weights are quantised ({method}); only plain float safetensors or GGUF can be read"
+        )
+    ends = path / "generation_config.json"
+    if ends.is_file() and (eos := _read_json(ends).get("eos_token_id")) is not None:
+        config = {**config, "eos_token_id": eos}
+    index, names = _list_files(path)
+    stored, files, shapes = {}, {}, {}
+    for file in names:
+        try:
+            with safe_open(path / file, "np") as content:
+                for name in content.keys():  # noqa: SIM118 (it is no mapping)
+                    known = _with_prefix(name, config.get("model_type"))
+                    stored[known], files[known] = name, file
+                    shapes[known] = tuple(content.get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise ValueError(f"{path / file} is not a whole safetensors file: {error}") from error
+    return Folder(path, config, shapes, stored, files, index)
+
+
+def _list_files(path: Path) -> tuple[Path, list[str]]:
+    """The file that lists the tensors, and the files that hold them."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.is_file():
+        return single, [single.name]
+    if not index.is_file():
+        torch_only = any(path.glob("pytorch_model*.bin"))
+        hint = "; convert pytorch_model.bin to safetensors first (transformers: save_pretrained)" if torch_only else ""
+        raise FileNotFoundError(f"{path} has neither model.safetensors nor model.safetensors.index.json{hint}")
+    names = sorted(set(_read_json(index)["weight_map"].values()))
+    for name in names:
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path / name} is missing; {index.name} names it")
+    return index, names
+
+
+def _with_prefix(name: str, family: str | None) -> str:
+    """A base model's tensors lack the prefix (`model.`, `transformer.`) under which the language model holds them."""
+    if family not in FAMILIES:
+        return name
+    prefix = FAMILIES[family].names["embed/embedding"][0].split(".")[0] + "."
+    return name if name.startswith((prefix, "lm_head.")) else prefix + name
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def _config(source: Source) -> ModelConfig:
+    try:
+        return from_hf(source.config)
+    except ValueError as error:
+        raise ValueError(f"{source.path}: {error}") from error
+
+
+def _read_params(source: Source, config: ModelConfig, shapes: Any, places: Any) -> dict:
+    """All leaves; `shapes` and `places` (or None) are trees of ShapeDtypeStruct and NamedSharding."""
+    wanted = _check(source, config, shapes)
+    # The largest first: what a leaf needs beyond itself while it is read then comes when little else is there.
+    order = sorted(wanted, key=lambda path: -_at(shapes, path).size)
+    params: dict = {}
+    for path in order:
+        place = None if places is None else _at(places, path)
+        leaf, inner = _read_leaf(source, wanted[path], _at(shapes, path), place), params
+        for key in path[:-1]:
+            inner = inner.setdefault(key, {})
+        # Waited for: copies in flight would keep their host arrays alive beside it.
+        inner[path[-1]] = jax.block_until_ready(leaf)
+    return params
+
+
+def _read_leaf(
+    source: Source, parts: list[Tensor], leaf: jax.ShapeDtypeStruct, place: NamedSharding | None
+) -> jax.Array:
+    done: dict[tuple, np.ndarray] = {}
+
+    def fill(index: Index | None) -> np.ndarray:
+        index = index or ()
+        key = tuple((each.start, each.stop) for each in index)
+        if key not in done:  # replicas ask again
+            done[key] = read_slice(index)
+        return done[key]
+
+    def read_slice(index: Index) -> np.ndarray:
+        if parts[0].repeat is None:
+            return read(source, parts[0], leaf.shape, index).astype(leaf.dtype, copy=False)
+        repeats = range(leaf.shape[0])[index[0]]
+        sizes = [len(range(size)[each]) for size, each in zip(leaf.shape[1:], index[1:], strict=True)]
+        stacked = np.empty((len(repeats), *sizes), leaf.dtype)
+        for row, repeat in enumerate(repeats):
+            stacked[row] = read(source, parts[repeat], leaf.shape[1:], index[1:])
+        return stacked
+
+    if place is None:
+        return jax.device_put(fill((slice(None),) * len(leaf.shape)))
+    return jax.make_array_from_callback(leaf.shape, place, fill)
+
+
+def _check(source: Source, config: ModelConfig, shapes: Any) -> dict[tuple[str, ...], list[Tensor]]:
+    """The tensors of each leaf, by repeat; raises where the checkpoint lacks one or holds another shape."""
+    wanted: dict[tuple[str, ...], list[Tensor]] = {}
+    missing, used = [], set()
+    for tensor in tensors(config):
+        wanted.setdefault(tensor.path, []).append(tensor)
+        used.add(tensor.name)
+        if tensor.name not in source.shapes:
+            missing.append(tensor.name)
+            continue
+        shape = _at(shapes, tensor.path).shape
+        expected = file_shape(tensor, shape if tensor.repeat is None else shape[1:])
+        if tuple(source.shapes[tensor.name]) != expected:
+            raise ValueError(
+                f"{source.file(tensor.name)}: tensor {tensor.name} has shape {list(source.shapes[tensor.name])}; "
+                f"the config asks for {list(expected)}"
+            )
+    if missing:
+        missing = list(dict.fromkeys(missing))
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(
+            f"{source.file(missing[0])}: tensor {missing[0]}{more} is missing; a {config.family} model needs it"
+        )
+    tied = {"lm_head.weight"} if config.tie_embeddings else set()
+    extra = [name for name in source.shapes if name not in used | tied and not IGNORED.search(name)]
+    if extra:
+        logger.warning(
+            "%s: %d tensors are not used, among them %s", source.file(extra[0]), len(extra), ", ".join(extra[:3])
+        )
+    for parts in wanted.values():
+        parts.sort(key=lambda tensor: tensor.repeat or 0)
+    return wanted
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree

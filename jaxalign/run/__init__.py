@@ -1,0 +1,152 @@
+"""RunConfig -> objects -> fit(): the one place that knows everything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jaxalign import models
+from jaxalign.config import RunConfig, Stage, read_config_text
+from jaxalign.evaluation import Comparison, Side
+from jaxalign.run.compare import check_prompts, compare
+from jaxalign.run.folder import describe_backend, locked, open_folder, write_manifest, write_text
+from jaxalign.run.prepare import Prepared, check_data, prepare, resolve_dtype
+from jaxalign.run.stage import MakeProgress, Say, StageResult, evaluate_stage, finished, run_stage
+
+__all__ = [
+    "Prepared",
+    "RunResult",
+    "check_data",
+    "compare",
+    "evaluate_stage",
+    "exported",
+    "pick_stage",
+    "prepare",
+    "resolve_dtype",
+    "run",
+]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind.
+
+    Attributes:
+      folder: the run's.
+      stages: in order; fewer than configured if the run was stopped.
+      comparison: before and after, if the config asks for it and the run came to its end.
+    """
+
+    folder: Path
+    stages: tuple[StageResult, ...]
+    comparison: Comparison | None
+
+
+def run(config: RunConfig, *, fresh: bool = False, say: Say = lambda line: None, make_progress: MakeProgress | None = None) -> RunResult:
+    """Trains every stage, or continues where the run stopped.
+
+    Args:
+      config: the run.
+      fresh: start anew beside an existing folder of that name.
+      say: takes lines for the user.
+      make_progress: makes a progress bar for a stage.
+
+    Raises:
+      FileNotFoundError, ValueError: bad input, named by file, line or key. What was saved stays.
+      OSError: the folder cannot be written.
+    """
+    folder, resumed = open_folder(config, fresh=fresh)
+    with locked(folder):
+        say(f"run: {folder} ({'continued' if resumed else 'new'})")
+        say(f"backend: {describe_backend()}")
+        if not resumed:
+            check_stages(config)
+        done: dict[str, StageResult] = {}
+        for stage in config.stages:
+            where = folder / stage.name if stage.name else folder
+            result = finished(stage, where)
+            if result is None:
+                ready = prepare(resolve_inputs(stage, {name: str(each.export) for name, each in done.items()}))
+                write_manifest(folder, config, stages={stage.name or config.name: _lineage(ready)})
+                result = run_stage(ready, where, say=say, make_progress=make_progress)
+            else:
+                say(f"{stage.name or stage.method_name}: done before, its policy is in {result.export}")
+            done[stage.name] = result
+            if result.export is None:
+                return RunResult(folder, tuple(done.values()), None)
+        return RunResult(folder, tuple(done.values()), _compare(config, folder, done, say))
+
+
+def check_stages(config: RunConfig) -> None:
+    """Prepares every stage as far as that goes without training the ones before, so that bad input shows at once."""
+    origins: dict[str, str] = {}
+    for stage in config.stages:
+        inputs = resolve_inputs(stage, origins)
+        prepare(inputs)
+        origins[stage.name] = inputs.model.path
+    if config.compare is not None:
+        check_prompts(config.compare, config.stages[0].model.path)
+
+
+def resolve_inputs(stage: Stage, policies: Mapping[str, str]) -> Stage:
+    """The stage with `<earlier>.policy` replaced by that stage's policy."""
+
+    def resolve(value: str) -> str:
+        return policies.get(value.removesuffix(".policy"), value) if value.endswith(".policy") else value
+
+    reference = stage.model.reference
+    model = replace(stage.model, path=resolve(stage.model.path), reference=reference and resolve(reference))
+    return replace(stage, model=model)
+
+
+def _lineage(ready: Prepared) -> dict[str, Any]:
+    model, rows = ready.stage.model, [each.rows for each in (ready.data.train, ready.data.eval) if each is not None]
+    return {
+        "policy": {"from": model.path, "sha256": models.fingerprint(model.path)},
+        "reference": model.reference and {"from": model.reference, "sha256": models.fingerprint(model.reference)},
+        "data": {path: digest for each in rows if each is not None for path, digest in each.hashes.items()},
+    }
+
+
+def _compare(config: RunConfig, folder: Path, done: Mapping[str, StageResult], say: Say) -> Comparison | None:
+    if config.compare is None:
+        return None
+    kept = folder / "compare.json"
+    if kept.is_file():
+        found = json.loads(kept.read_text())
+        return Comparison(tuple(found["prompts"]), Side(**found["before"]), Side(**found["after"]))
+    last = list(done.values())[-1]
+    say(f"comparing answers to {config.compare.path} before and after")
+    comparison = compare(config.compare, config.stages[0].model.path, str(last.export))
+    write_text(kept, json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False) + "\n")
+    return comparison
+
+
+def pick_stage(config: RunConfig, name: str | None) -> Stage:
+    """A stage by name, the first without; its inputs are those that it would have in a new run.
+
+    Raises:
+      ValueError: there is no such stage.
+    """
+    origins: dict[str, str] = {}
+    for stage in config.stages:
+        inputs = resolve_inputs(stage, origins)
+        if name in (None, stage.name):
+            return inputs
+        origins[stage.name] = inputs.model.path
+    raise ValueError(f"there is no stage {name!r}; there are: {', '.join(stage.name for stage in config.stages)}")
+
+
+def exported(path: str) -> str:
+    """The export of a run's folder (that of its last stage), or the path itself if it is no run's folder."""
+    folder = Path(path)
+    if (folder / "config.json").is_file() or not (folder / "config.yaml").is_file():
+        return path
+    names = [stage.get("name", "") for stage in read_config_text((folder / "config.yaml").read_text()).get("stages", [])]
+    export = folder / (names[-1] if names else "") / "export"
+    if not export.is_dir():
+        raise FileNotFoundError(f"{export}: this run has not come to its end; run it again to continue it")
+    return str(export)

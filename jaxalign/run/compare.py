@@ -1,0 +1,48 @@
+"""Before and after: two models' greedy answers to the same held-out prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxalign import data, models
+from jaxalign.config import CompareSection
+from jaxalign.evaluation import Comparison, Side, check_rules, judge, make_answer, readable
+from jaxalign.run.prepare import resolve_dtype
+from jaxalign.sampling import Config
+
+
+def compare(section: CompareSection, before: str, after: str) -> Comparison:
+    """Asks both models and judges their answers.
+
+    Args:
+      section: prompts and rules.
+      before: the model that the run started from: a folder, a GGUF file or a Hub name.
+      after: the model that it ended with.
+
+    Raises:
+      FileNotFoundError: no such model or prompts.
+      ValueError: no prompts, or an unknown rule.
+    """
+    prompts, settings = check_prompts(section, after), data.DataConfig(path=section.path)
+    rows = [prompts.row(i) for i in range(len(prompts))]
+    return Comparison(
+        prompts=tuple(readable(row["prompt"]) for row in rows),
+        before=_side(section, before, settings, rows),
+        after=_side(section, after, settings, rows),
+    )
+
+
+def check_prompts(section: CompareSection, model: str) -> data.Examples:
+    """The prompts; raises if they or the rules cannot be used, see `compare`."""
+    check_rules(section.rules)
+    return data.load(data.DataConfig(path=section.path), models.load_tokenizer(model), "prompt").train
+
+
+def _side(section: CompareSection, path: str, settings: data.DataConfig, rows: list[dict[str, Any]]) -> Side:
+    tokenizer = models.load_tokenizer(path)
+    examples = data.load(settings, tokenizer, "prompt").train
+    model, variables = models.load(path, compute_dtype=resolve_dtype("auto"))
+    config = Config(temperature=0, max_new_tokens=section.max_new_tokens, eos_ids=models.end_ids(model.config, tokenizer))
+    answer = make_answer(model, tokenizer, config, batch_size=section.batch_size)
+    texts = answer(variables, [examples[i]["prompt_ids"].tolist() for i in range(len(examples))])
+    return judge(texts, section.rules, [row.get("keywords") for row in rows])

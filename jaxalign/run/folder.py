@@ -1,0 +1,146 @@
+"""A run's folder: whose it is, what it holds, and who is writing to it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxalign.config import RunConfig, config_text, difference, read_config_text
+
+PACKAGES = ("jaxalign", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "datasets", "numpy")
+
+
+def open_folder(config: RunConfig, *, fresh: bool = False) -> tuple[Path, bool]:
+    """The folder of a run, made or found.
+
+    Args:
+      config: the run.
+      fresh: start anew in a folder beside an existing one (`name-2`, `name-3`, ...).
+
+    Returns:
+      The folder, and whether it holds this run already (then it is resumed).
+
+    Raises:
+      ValueError: the folder holds another run (the differences are named), or something else.
+      OSError: it cannot be written.
+    """
+    folder = Path(config.runs_dir) / config.name
+    if fresh:
+        number = 2
+        while _occupied(folder):
+            folder, number = Path(config.runs_dir) / f"{config.name}-{number}", number + 1
+    kept = folder / "config.yaml"
+    if _occupied(folder):
+        if not kept.is_file():
+            raise ValueError(f"{folder} exists and holds no run (there is no config.yaml in it): choose another `name`")
+        changes = difference(read_config_text(kept.read_text()) or {}, config.resolved)
+        if changes:
+            shown = "".join(f"\n  {line}" for line in changes[:8]) + (f"\n  and {len(changes) - 8} more" if len(changes) > 8 else "")
+            raise ValueError(f"{folder} holds another run; give --fresh, or another `name`. It differs in:{shown}")
+        check_writable(folder)
+        return folder, True
+    with _naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(kept, config_text(config.resolved))
+    return folder, False
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError, naming the folder, if nothing can be written there."""
+    probe = folder / f".probe-{os.getpid()}"
+    with _naming(folder):
+        probe.touch()
+        probe.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that a kill leaves the old one or the new one, never a half."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the run's folder for this process; the lock goes with the process, however it ends.
+
+    Raises:
+      ValueError: another process of this machine is running it.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is running this run; wait for it, or stop it") from None
+        yield
+
+
+def write_manifest(folder: Path, config: RunConfig, **facts: Any) -> None:
+    """Adds to manifest.json: versions, seeds and hardware of the first start, and `facts` (data hashes, lineage)."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text()) if path.is_file() else _first(config)
+    write_text(path, json.dumps(_merge(manifest, facts), indent=2, default=str) + "\n")
+
+
+def describe_backend() -> str:
+    """Which backend computes, and why that one."""
+    devices = jax.devices()
+    kind = f"{len(devices)} × {devices[0].device_kind}" if devices[0].device_kind != "cpu" else f"{len(devices)} CPU device(s)"
+    forced = jax.config.jax_platforms
+    if devices[0].platform != "cpu":
+        why = f"chosen by jax_platforms={forced}" if forced else "the first accelerator that jax found"
+    elif forced:
+        why = f"chosen by jax_platforms={forced}"
+    else:
+        why = "jax has no GPU or TPU plugin here, or found no such device; pip install 'jaxalign[cuda]' on a machine with an NVIDIA GPU"
+    return f"{devices[0].platform}: {kind} ({why})"
+
+
+def _first(config: RunConfig) -> dict[str, Any]:
+    device = jax.devices()[0]
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in PACKAGES}},
+        "seeds": {stage.name or config.name: {"train": stage.train.seed, "data": stage.data.seed} for stage in config.stages},
+        "hardware": {
+            "platform": device.platform,
+            "device": device.device_kind,
+            "devices": jax.device_count(),
+            "processes": jax.process_count(),
+            "cores": os.cpu_count(),
+            "machine": platform.machine(),
+        },
+        "stages": {},
+    }
+
+
+def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(old)
+    for key, value in new.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _occupied(folder: Path) -> bool:
+    with _naming(folder):
+        return folder.is_dir() and any(folder.iterdir()) or folder.is_file()
+
+
+@contextlib.contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write the run's folder: {error.strerror}; choose another runs_dir", str(folder)) from error

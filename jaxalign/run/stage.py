@@ -1,0 +1,311 @@
+"""One training stage: from its config to an exported Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxalign import data, evaluation, models, sampling
+from jaxalign.config import Stage
+from jaxalign.methods import METHODS
+from jaxalign.methods.common import join_variables, make_eval_step, split_variables
+from jaxalign.methods.offline import ExampleList, OfflineSource, make_batches
+from jaxalign.methods.reference import cache_key, precompute
+from jaxalign.models.config import forward_flops
+from jaxalign.run.hardware import peak_flops
+from jaxalign.run.prepare import Prepared, prepare, resolve_dtype
+from jaxalign.sharding import param_shardings
+from jaxalign.training import loop
+from jaxalign.training.checkpoint import Checkpoints
+from jaxalign.training.metrics import Interval, JsonLines, open_writers
+from jaxalign.training.optimizer import make_optimizer
+from jaxalign.types import Batch, Variables
+
+Say = Callable[[str], None]
+Progress = Callable[[int, Mapping[str, float]], None]
+# (number of steps, steps done before, the stage's title) -> what `fit` calls after every step.
+MakeProgress = Callable[[int, int, str], AbstractContextManager[Progress]]
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage left behind.
+
+    Attributes:
+      name: the stage's.
+      folder: its folder.
+      export: the Hugging Face folder, or None if the stage was stopped before its end.
+      reason: `completed`, `early_stopped`, `terminated`, or `done before`.
+      metrics: the latest value of every metric.
+    """
+
+    name: str
+    folder: Path
+    export: Path | None
+    reason: str
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Training and evaluation examples as the loss wants them, and what fills a batch on the devices.
+
+    Attributes:
+      train: the training examples.
+      eval: the evaluation examples, or None.
+      fill: adds the reference's log-probs to a batch; None where the examples carry them or nothing needs them.
+    """
+
+    train: ExampleList
+    eval: ExampleList | None
+    fill: Callable[[Batch], Batch] | None
+
+
+def run_stage(ready: Prepared, folder: Path, *, say: Say, make_progress: MakeProgress | None = None) -> StageResult:
+    """Trains a stage, or continues it, and exports its policy.
+
+    Args:
+      ready: the stage, its inputs resolved to paths.
+      folder: where the stage's files go.
+      say: takes lines for the user.
+      make_progress: makes the progress bar.
+    """
+    stage, export = ready.stage, folder / "export"
+    title = stage.name or stage.method_name
+    for line in ready.data.report.lines():
+        say(f"{title}: {line}")
+    dtype, rows = resolve_dtype(stage.model.compute_dtype), ready.layout.length
+    say(f"{title}: {ready.num_steps} steps of {stage.train.batch_size} examples in rows of {rows} tokens, computed in {dtype}")
+    with Checkpoints(folder / "checkpoints", save_total_limit=stage.train.save_total_limit) as checkpoints:
+        result = _train(ready, folder, checkpoints, say, make_progress)
+    if result.reason == "terminated":
+        say(f"{title}: stopped at step {result.step}, all is saved; the same command continues")
+        return StageResult(stage.name, folder, None, result.reason, last_metrics(folder))
+    say(f"{title}: {result.reason.replace('_', ' ')} after {result.step} steps, writing {export}")
+    models.save(
+        export,
+        ready.model,
+        result.state.params,
+        ready.data.tokenizer,
+        dtype=stage.export.dtype or stage.model.param_dtype,
+        base_model=stage.model.path,
+        method=stage.method_name,
+    )
+    return StageResult(stage.name, folder, export, result.reason, last_metrics(folder))
+
+
+def finished(stage: Stage, folder: Path) -> StageResult | None:
+    """The result of a stage that came to its end before, or None."""
+    export = folder / "export"
+    if not (export / "config.json").is_file():
+        return None
+    return StageResult(stage.name, folder, export, "done before", last_metrics(folder))
+
+
+def evaluate_stage(stage: Stage, path: str | None, *, say: Say) -> dict[str, float]:
+    """Loss and metrics of a stage's method on its evaluation data (else its training data), before any training.
+
+    Args:
+      stage: the config, its inputs resolved to paths.
+      path: the policy to judge; the stage's own start by default. The reference stays the stage's.
+      say: takes lines for the user.
+    """
+    if METHODS[stage.method_name].NEEDS_REFERENCE:
+        stage = replace(stage, method=replace(stage.method, precompute_ref_log_probs=False))
+    ready = prepare(stage)
+    start = load_policy(ready, stage.model.path)
+    policy = start if path is None else load_policy(ready, path)
+    examples = attach_reference(ready, Path(), start, say)
+    judged, lookup = ready.data.train, examples.train
+    if ready.data.eval is not None and examples.eval is not None:
+        judged, lookup = ready.data.eval, examples.eval
+    params, frozen = split_variables(policy)
+    return Interval().add(make_evaluate(ready, lookup, judged, examples.fill)(params, frozen)).values()
+
+
+def last_metrics(folder: Path) -> dict[str, float]:
+    """The latest value of every metric in a stage's metrics.jsonl."""
+    path, latest = folder / "metrics.jsonl", {}
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        latest.update(json.loads(line))
+    return latest
+
+
+def load_policy(ready: Prepared, path: str) -> Variables:
+    """Parameters on the mesh, in the stage's dtype."""
+    return models.load(path, mesh=ready.mesh, param_dtype=ready.stage.model.param_dtype)[1]
+
+
+def make_evaluate(ready: Prepared, lookup: ExampleList, examples: data.Examples, fill) -> Callable[..., dict[str, Any]]:
+    """`(params, frozen) -> metrics` over a data set: means over all its examples, not over batches.
+
+    Args:
+      ready: the stage.
+      lookup: the examples as the loss wants them.
+      examples: the same, as counted and measured.
+      fill: see `Examples`.
+    """
+    step = jax.jit(make_eval_step(ready.method, ready.stage.method, ready.model))
+
+    def evaluate(params: Variables, frozen: Variables) -> dict[str, Any]:
+        merged = Interval()
+        batches = make_batches(ready.method, ready.stage.method, examples, ready.layout, lookup=lookup, shuffle=False)
+        source = OfflineSource(batches, ready.mesh, fill)
+        try:
+            for _ in range(len(batches)):
+                merged = merged.add(step(params, frozen, source.next(None)[0]))
+        finally:
+            source.close()
+        return dict(merged.parts)
+
+    return evaluate
+
+
+def attach_reference(ready: Prepared, folder: Path, variables: Variables, say: Say) -> Examples:
+    """The examples, with what their loss needs of a reference (the policy's start, or `model.reference`)."""
+    train, held_out, stage = ready.data.train, ready.data.eval, ready.stage
+    if not ready.method.NEEDS_REFERENCE:
+        return Examples(train, held_out, None)
+    path = stage.model.reference or stage.model.path
+    reference = variables if path == stage.model.path else load_policy(ready, path)
+    fill = partial(jax.jit(ready.method.make_reference(stage.method, ready.model)), reference)
+    if not stage.method.precompute_ref_log_probs:
+        return Examples(train, held_out, fill)
+    dtypes = f"{stage.model.param_dtype} {resolve_dtype(stage.model.compute_dtype)}"
+    fingerprint = f"{models.fingerprint(path)} {dtypes}"
+
+    def attach(examples: data.Examples) -> ExampleList:
+        where = folder / "reference" / f"{cache_key(examples, fingerprint)}.npy"
+        say(f"reference log-probs: {'read from' if where.is_file() else 'computed into'} {where}")
+        return precompute(ready.method, stage.method, examples, ready.layout, ready.mesh, fill, where)
+
+    return Examples(attach(train), None if held_out is None else attach(held_out), None)
+
+
+def _train(
+    ready: Prepared, folder: Path, checkpoints: Checkpoints, say: Say, make_progress: MakeProgress | None
+) -> loop.FitResult:
+    stage = ready.stage
+    optimizer, schedule = make_optimizer(stage.optimizer, ready.num_steps)
+    variables = load_policy(ready, stage.model.path)
+    examples = attach_reference(ready, folder, variables, say)
+    key = jax.random.key(stage.train.seed)
+    init = partial(ready.method.init, stage.method, ready.model, optimizer=optimizer, key=key)
+    shapes = jax.eval_shape(init, variables)
+    shardings = param_shardings(ready.mesh, shapes)
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes[0], shardings[0])
+    restored = checkpoints.restore(like)
+    if restored is None:
+        # A live reference is these very variables; else they become the state without a second copy.
+        donated = () if examples.fill else (0,)
+        state, frozen = jax.jit(init, out_shardings=shardings, donate_argnums=donated)(variables)
+    else:
+        say(f"continuing after step {restored.step}")
+        state, frozen = restored.state, split_variables(variables)[1]
+    del variables
+    make_step = ready.method.make_step(stage.method, ready.model, optimizer, schedule)
+    step = jax.jit(make_step, donate_argnums=0, out_shardings=(shardings[0], None))
+    resume_step = restored.step if restored else None
+    with ExitStack() as stack:
+        title = stage.name or stage.method_name
+        writers = open_writers(folder, stage.log.report_to, resume_step=resume_step, name=title)
+        samples = JsonLines(folder / "samples.jsonl", resume_step) if stage.log.sample_steps else None
+        source = OfflineSource(_training_batches(ready, examples.train), ready.mesh, examples.fill)
+        for opened in (source, *writers, *([samples] if samples else [])):
+            stack.callback(opened.close)
+        evaluate = _make_evaluate(ready, examples, frozen)
+        if evaluate and stage.train.eval_on_start and restored is None:
+            found = Interval().add(evaluate(state)).values()
+            for writer in writers:
+                writer.write(0, {f"eval_{name}": value for name, value in found.items()})
+        progress = make_progress(ready.num_steps, resume_step or 0, title) if make_progress else nullcontext()
+        return loop.fit(
+            state,
+            frozen,
+            step,
+            source,
+            _loop_config(ready),
+            checkpoints=checkpoints,
+            restored=restored,
+            writers=writers,
+            evaluate=evaluate,
+            on_sample=_make_on_sample(ready, frozen) if samples else None,
+            samples=samples,
+            progress=stack.enter_context(progress),
+        )
+
+
+def _make_evaluate(ready: Prepared, examples: Examples, frozen: Variables) -> loop.Evaluate | None:
+    if examples.eval is None or ready.data.eval is None:
+        return None
+    evaluate = make_evaluate(ready, examples.eval, ready.data.eval, examples.fill)
+    return lambda state: evaluate(state.params, frozen)
+
+
+def _training_batches(ready: Prepared, lookup: ExampleList):
+    train, settings = ready.data.train, ready.stage.train
+    return make_batches(
+        ready.method,
+        ready.stage.method,
+        train,
+        ready.layout,
+        lookup=lookup,
+        seed=ready.stage.data.seed,
+        epochs=None,
+        shuffle=ready.stage.data.shuffle,
+        prefetch=settings.prefetch,
+    )
+
+
+def _loop_config(ready: Prepared) -> loop.Config:
+    train, log, examples = ready.stage.train, ready.stage.log, ready.data.train
+    per_epoch = math.ceil(len(examples) / train.batch_size)
+    tokens = float(examples.lengths["total"].mean()) * train.batch_size
+    pass_flops = forward_flops(ready.model.config, int(tokens), int(tokens * examples.lengths["total"].mean() / 2), int(tokens))
+    watched = ready.data.eval is not None
+    return loop.Config(
+        num_steps=ready.num_steps,
+        logging_steps=log.logging_steps,
+        save_steps=train.save_steps,
+        eval_steps=(train.eval_steps or per_epoch) if watched else None,
+        sample_steps=log.sample_steps,
+        metric_for_best_model=train.metric_for_best_model if watched else None,
+        greater_is_better=train.greater_is_better,
+        load_best_model_at_end=train.load_best_model_at_end,
+        early_stopping_patience=train.early_stopping_patience,
+        early_stopping_threshold=train.early_stopping_threshold,
+        samples_per_step=train.batch_size,
+        flops_per_step=3.0 * pass_flops,
+        peak_flops=peak_flops(ready.mesh, resolve_dtype(ready.stage.model.compute_dtype)),
+    )
+
+
+def _make_on_sample(ready: Prepared, frozen: Variables) -> loop.OnSample:
+    """Greedy answers to the first prompts of the evaluation data (else of the training data)."""
+    examples, log, tokenizer = ready.data.eval or ready.data.train, ready.stage.log, ready.data.tokenizer
+    prompts = [_prompt(examples[i]) for i in range(min(log.sample_prompts, len(examples)))]
+    ends = models.end_ids(ready.model.config, tokenizer)
+    config = sampling.Config(temperature=0, max_new_tokens=log.sample_max_new_tokens, eos_ids=ends)
+    answer = evaluation.make_answer(ready.model, tokenizer, config, batch_size=len(prompts))
+
+    def sample(number: int, state: Any) -> Iterable[dict[str, Any]]:
+        del number
+        texts = answer(join_variables(state.params, frozen), prompts)
+        return [{"prompt": tokenizer.decode(p), "completion": text} for p, text in zip(prompts, texts, strict=True)]
+
+    return sample
+
+
+def _prompt(example: Mapping[str, Any]) -> list[int]:
+    """The tokens before the first target."""
+    if "prompt_ids" in example:
+        return example["prompt_ids"].tolist()
+    return example["input_ids"][: max(int(example["loss_mask"].argmax()), 1)].tolist()

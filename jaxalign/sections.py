@@ -1,0 +1,176 @@
+"""The sections of a run's config, as frozen dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jaxalign.data import DataConfig
+from jaxalign.models.transformer import DType, Remat
+from jaxalign.sharding import MeshConfig
+from jaxalign.training import optimizer
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """The policy.
+
+    Attributes:
+      path: a Hugging Face folder, a GGUF file, a Hub name, or `<stage>.policy` of an earlier stage.
+      reference: where the reference comes from; the policy's own start by default.
+      param_dtype: dtype of the parameters.
+      compute_dtype: dtype of activations and matrix products; `auto` is bfloat16 on GPU and TPU, float32 on CPU.
+      remat: what the backward pass recomputes: `none`, `dots` (all but matrix products) or `full` (whole blocks).
+    """
+
+    path: str
+    reference: str | None = None
+    param_dtype: DType = "float32"
+    compute_dtype: Literal["auto"] | DType = "auto"
+    remat: Remat = "full"
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """How long and in which portions.
+
+    Attributes:
+      batch_size: examples per optimiser step, over all devices.
+      micro_batch_size: examples per forward and backward pass, over all devices; `batch_size` by default.
+      num_train_epochs: passes over the data.
+      max_steps: if positive, the number of optimiser steps instead.
+      row_length: tokens per packed row; `auto` picks the length that wastes least.
+      seed: of the run's key.
+      eval_steps: evaluate every so many steps; None = at the end of each epoch. Needs evaluation data.
+      eval_on_start: evaluate before the first step.
+      save_steps: checkpoint every so many steps; the last step is always kept.
+      save_total_limit: checkpoints kept beside the best one.
+      metric_for_best_model: evaluation metric that picks the best checkpoint, which is the one exported.
+      greater_is_better: None = unless the metric's name ends in `loss`.
+      load_best_model_at_end: export the best checkpoint instead of the last.
+      early_stopping_patience: stop after so many evaluations without improvement.
+      early_stopping_threshold: what counts as an improvement.
+      prefetch: batches prepared ahead.
+    """
+
+    batch_size: int = 8
+    micro_batch_size: int | None = None
+    num_train_epochs: float = 3.0
+    max_steps: int = -1
+    row_length: int | Literal["auto"] = "auto"
+    seed: int = 42
+    eval_steps: int | None = None
+    eval_on_start: bool = False
+    save_steps: int = 500
+    save_total_limit: int = 2
+    metric_for_best_model: str = "eval_loss"
+    greater_is_better: bool | None = None
+    load_best_model_at_end: bool = False
+    early_stopping_patience: int | None = None
+    early_stopping_threshold: float = 0.0
+    prefetch: int = 2
+
+    def __post_init__(self):
+        """Raises ValueError on portions that do not divide."""
+        if self.batch_size < 1 or self.num_train_epochs <= 0:
+            raise ValueError("train.batch_size and train.num_train_epochs must be positive")
+        micro = self.micro_batch_size
+        if micro is not None and (micro < 1 or self.batch_size % micro):
+            raise ValueError(f"train.micro_batch_size={micro} must divide train.batch_size={self.batch_size}")
+
+
+@dataclass(frozen=True)
+class LogSection:
+    """What is written down.
+
+    Attributes:
+      logging_steps: steps between two lines of metrics.jsonl; metrics are means over these steps.
+      report_to: further writers: `tensorboard`, `wandb`.
+      sample_steps: write sample answers to samples.jsonl every so many steps; None = never.
+      sample_prompts: how many prompts of the evaluation data (else of the training data).
+      sample_max_new_tokens: longest sample answer.
+    """
+
+    logging_steps: int = 10
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    sample_steps: int | None = None
+    sample_prompts: int = 3
+    sample_max_new_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class ExportSection:
+    """The Hugging Face folder at the end of a stage.
+
+    Attributes:
+      dtype: dtype of the exported tensors; None = that of the parameters.
+    """
+
+    dtype: DType | None = None
+
+
+@dataclass(frozen=True)
+class CompareSection:
+    """A before/after comparison at the end of the run, from greedy answers to held-out prompts.
+
+    Attributes:
+      path: prompts; a `keywords` column (groups of words of which one each must occur) marks answers as right.
+      rules: names in `evaluation.RULES`; the share of answers that satisfy each is printed.
+      max_new_tokens: longest answer.
+      batch_size: prompts decoded together.
+      samples: answers shown side by side.
+    """
+
+    path: str
+    rules: tuple[str, ...] = ()
+    max_new_tokens: int = 128
+    batch_size: int = 16
+    samples: int = 3
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage, resolved.
+
+    Attributes:
+      name: `sft`, `dpo`, ...; empty for a run of one stage.
+      model: the policy.
+      data: the examples.
+      method_name: key in `METHODS`.
+      method: that method's Config.
+      optimizer: the optimiser.
+      mesh: the devices.
+      train: steps and portions.
+      log: what is written.
+      export: the result.
+    """
+
+    name: str
+    model: ModelSection
+    data: DataConfig
+    method_name: str
+    method: Any
+    optimizer: optimizer.Config
+    mesh: MeshConfig
+    train: TrainSection
+    log: LogSection
+    export: ExportSection
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run.
+
+    Attributes:
+      name: the run's folder is `runs_dir/name`.
+      runs_dir: where runs lie.
+      stages: in order.
+      compare: the comparison at the end, or None.
+      resolved: the plain data that this was made from, defaults filled in: what config.yaml keeps.
+    """
+
+    name: str
+    runs_dir: str
+    stages: tuple[Stage, ...]
+    compare: CompareSection | None
+    resolved: dict[str, Any] = field(compare=False)

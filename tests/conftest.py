@@ -1,0 +1,41 @@
+"""What every test runs under: 8 CPU devices, no network, no rank promotion, compiled programs kept between runs."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHES = tempfile.TemporaryDirectory(prefix="jaxalign-tests-")
+
+# Read when jax, datasets and transformers are imported; processes that tests start inherit them.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HOME"] = CACHES.name
+os.environ["HF_DATASETS_CACHE"] = f"{CACHES.name}/datasets"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Set here and not in the environment: a child process killed in the middle of a write would leave a broken entry.
+# The size limit is what makes jax lock the folder, which parallel workers share.
+jax.config.update("jax_compilation_cache_dir", os.environ.get("JAXALIGN_TEST_CACHE") or str(ROOT / ".cache" / "xla"))
+jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file: `JAXALIGN_SMOLLM2`, or where `make test` puts it."""
+    path = Path(os.environ.get("JAXALIGN_SMOLLM2") or ROOT / "models" / "smollm2-135m-instruct.gguf")
+    if path.is_file():
+        return path
+    reason = f"{path} is missing: `make test` fetches it, or set JAXALIGN_SMOLLM2 to a GGUF file of the model"
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)

@@ -1,0 +1,78 @@
+"""Small models and ragged examples on which layouts are compared."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.models import ModelConfig, Rope, build
+
+VOCAB = 97
+
+
+def tiny_config(**changes) -> ModelConfig:
+    """A model whose numbers differ when anything is wrong: grouped heads, qk-norm, windows that bite, an untied head."""
+    settings = {
+        "family": "qwen3",
+        "vocab_size": VOCAB,
+        "embed_dim": 32,
+        "num_layers": 5,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "mlp_dim": 64,
+        "max_position": 512,
+        "rope": Rope(1000.0),
+        "windows": (None, 9, None, 9, 9),
+        "qk_norm": True,
+        "qkv_bias": True,
+    }
+    return ModelConfig(**{**settings, **changes})
+
+
+def tiny_model(seed: int = 0, *, dtype: str = "float32", spread: float = 10.0, **changes):
+    """A model and variables with a logit spread of about 1 or more, norms and biases away from their defaults."""
+    model = build(tiny_config(**changes), param_dtype=dtype, compute_dtype=dtype)
+    variables = model.init(jax.random.key(seed))
+    leaves, tree = jax.tree.flatten(variables)
+    noise = jax.random.split(jax.random.key(seed + 1), len(leaves))
+
+    def disturb(leaf, key):
+        wide = 0.2 * jax.random.normal(key, leaf.shape, leaf.dtype)
+        return leaf * spread if float(jnp.abs(leaf).max()) < 0.5 and leaf.std() > 0 else leaf + wide
+
+    return model, jax.tree.unflatten(tree, [disturb(leaf, key) for leaf, key in zip(leaves, noise, strict=True)])
+
+
+def ragged_pairs(count: int, seed: int = 0, prompt: int = 40, completion: int = 30) -> list[dict[str, np.ndarray]]:
+    """Preference pairs of very different lengths, single-token completions among them."""
+    rng = np.random.default_rng(seed)
+
+    def ids(longest):
+        return rng.integers(1, VOCAB, 1 + int(longest * rng.random() ** 2)).astype(np.int32)
+
+    pairs = [{"prompt_ids": ids(prompt), "chosen_ids": ids(completion), "rejected_ids": ids(completion)} for _ in range(count)]
+    pairs[0]["chosen_ids"] = pairs[0]["chosen_ids"][:1]
+    return pairs
+
+
+def ragged_texts(count: int, seed: int = 0, longest: int = 60) -> list[dict[str, np.ndarray]]:
+    """Texts with several stretches of targets, as multi-turn chats have."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for _ in range(count):
+        ids = rng.integers(1, VOCAB, 3 + int(longest * rng.random())).astype(np.int32)
+        mask = np.repeat(rng.random(len(ids) // 3 + 1) < 0.6, 3)[: len(ids)]
+        mask[-1] = True
+        examples.append({"input_ids": ids, "loss_mask": mask})
+    return examples
+
+
+def flat(tree) -> np.ndarray:
+    """All leaves in one float64 vector."""
+    return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
+
+
+def relative(a, b) -> float:
+    """Distance of two trees over the norm of the second."""
+    a, b = flat(a), flat(b)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))

@@ -1,0 +1,120 @@
+"""Guarantee 2: how a batch is laid out never changes its loss or gradient beyond rounding."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxalign.methods import preference, sft
+from jaxalign.sharding import MeshConfig, data_shards, make_mesh, param_shardings, place_batch
+from jaxalign.training.step import accumulate
+from tests.layouts import ragged_pairs, ragged_texts, relative, tiny_model
+
+COUNT = 7  # not a multiple of any micro-batch size but 1 and 7
+SPLITS = [{"micro_batch_size": 1}, {"micro_batch_size": 2}, {"micro_batch_size": 4}, {"micro_batch_size": 8}]
+LAYOUTS = {
+    "1x8": {"micro_batch_size": 8},
+    "2x4": {"micro_batch_size": 4},
+    "8x1": {"micro_batch_size": 1},
+    "empty micro-batches": {"micro_batch_size": 3, "micro_batches": 5},
+    "an example in each row": {"micro_batch_size": 8, "length": 128},
+    "long rows": {"micro_batch_size": 8, "length": 1024},
+}
+MESHES = {"8x1x1": MeshConfig(8, 1, 1), "1x8x1": MeshConfig(1, 8, 1), "2x2x2": MeshConfig(2, 2, 2)}
+
+
+def gradient(method, config, model, variables, batch):
+    def compute(params, batch):
+        grads, metrics = accumulate(method.make_loss(config, model), method.totals(batch), params, {}, batch, jax.random.key(0))
+        return grads, {name: (metric.total, metric.weight) for name, metric in metrics.items()}
+
+    return jax.jit(compute)({"params": variables["params"]}, batch)
+
+
+def reference_filled(config, model, variables, batch):
+    return jax.jit(preference.make_reference(config, model))(jax.tree.map(lambda x: x * 0.97, variables), batch)
+
+
+def run_preference(model, variables, share=True, mesh=None, loss_type="sigmoid", **layout):
+    config = preference.Config(loss_type=loss_type, beta=0.3, share_prompt=share, logits_chunk=17)
+    shards = 1 if mesh is None else data_shards(mesh)
+    batch = preference.make_batch(config, ragged_pairs(COUNT), shards=shards, **layout)
+    if mesh is not None:
+        batch = place_batch(mesh, batch)
+        variables = jax.device_put(variables, param_shardings(mesh, variables))
+    return gradient(preference, config, model, variables, reference_filled(config, model, variables, batch))
+
+
+def run_sft(model, variables, mesh=None, **layout):
+    config = sft.Config(logits_chunk=17)
+    batch = sft.make_batch(config, ragged_texts(COUNT), shards=1 if mesh is None else data_shards(mesh), **layout)
+    if mesh is not None:
+        batch = place_batch(mesh, batch)
+        variables = jax.device_put(variables, param_shardings(mesh, variables))
+    return gradient(sft, config, model, variables, batch)
+
+
+def assert_same(got, wanted, bound):
+    assert relative(got[0], wanted[0]) <= bound
+    for name, (total, weight) in wanted[1].items():
+        assert np.asarray(got[1][name][1]) == pytest.approx(np.asarray(weight), rel=1e-6), name
+        assert np.asarray(got[1][name][0]) == pytest.approx(np.asarray(total), rel=2e-5, abs=2e-5), name
+
+
+@pytest.fixture(scope="module")
+def wanted_preference():
+    return run_preference(*tiny_model(), micro_batch_size=8)
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "unshared"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_preference_gradients_do_not_depend_on_the_layout(layout, share, wanted_preference):
+    assert_same(run_preference(*tiny_model(), share=share, **layout), wanted_preference, 1e-5)
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES.keys())
+def test_preference_gradients_do_not_depend_on_the_mesh(mesh, wanted_preference):
+    assert_same(run_preference(*tiny_model(), mesh=make_mesh(mesh), micro_batch_size=4), wanted_preference, 1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["ipo", "hinge"])
+def test_other_losses_split_alike(loss_type):
+    model = tiny_model()
+    whole = run_preference(*model, loss_type=loss_type, micro_batch_size=8)
+    assert_same(run_preference(*model, loss_type=loss_type, micro_batch_size=2, share=False), whole, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def wanted_sft():
+    return run_sft(*tiny_model(), micro_batch_size=8)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_sft_gradients_do_not_depend_on_the_layout(layout, wanted_sft):
+    assert_same(run_sft(*tiny_model(), **layout), wanted_sft, 1e-5)
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES.keys())
+def test_sft_gradients_do_not_depend_on_the_mesh(mesh, wanted_sft):
+    assert_same(run_sft(*tiny_model(), mesh=make_mesh(mesh), micro_batch_size=4), wanted_sft, 1e-5)
+
+
+def test_in_float64_only_rounding_is_left():
+    with jax.enable_x64(True):
+        model = tiny_model(dtype="float64")
+        whole = run_preference(*model, micro_batch_size=8)
+        assert whole[0]["params"]["embed"]["embedding"].dtype == np.float64
+        for layout in LAYOUTS.values():
+            assert relative(run_preference(*model, share=False, **layout)[0], whole[0]) <= 1e-10
+        texts = run_sft(*model, micro_batch_size=8)
+        assert relative(run_sft(*model, micro_batch_size=3, micro_batches=5)[0], texts[0]) <= 1e-10
+
+
+def test_the_comparison_can_fail():
+    """Neighbouring documents would leak into each other without the document mask: the bound must notice."""
+    model, variables = tiny_model()
+    config = sft.Config()
+    batch = sft.make_batch(config, ragged_texts(COUNT), length=1024)
+    merged = jax.tree.map(lambda x: x, batch)
+    merged.rows.documents[:] = (merged.rows.documents > 0).astype(np.int32)
+    grads = gradient(sft, config, model, variables, merged)[0]
+    assert relative(grads, run_sft(model, variables, micro_batch_size=8)[0]) > 1e-2

@@ -1,0 +1,318 @@
+"""Logits against transformers, live: every family, every numerical field, both directions, and SmolLM2 from GGUF."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign.models.config import ModelConfig, Rope
+from jaxalign.models.export import save
+from jaxalign.models.pretrained import load, load_tokenizer
+from jaxalign.models.transformer import Model, build
+from jaxalign.types import TokenRows
+from tests.models import tiny
+
+pytestmark = pytest.mark.parity
+
+LENGTH = 96
+LENGTHS = (96, 61, 17)  # beyond the windows (16) and the original context (32)
+TOLERANCE = 1e-4
+
+# Fields of our config that change logits; STRUCTURE changes the parameters' shapes; INERT is read by others only.
+NUMERIC = {
+    "norm", "norm_eps", "activation", "gated_mlp", "rope", "learned_positions", "windows", "qk_norm", "qkv_bias",
+    "output_bias", "mlp_bias", "tie_embeddings",
+}  # fmt: skip
+STRUCTURE = {"vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"}
+INERT = {"family", "max_position", "dropout", "attention_dropout", "bos_id", "eos_ids", "pad_id"}
+ROPE_FIELDS = {
+    "default": {"theta", "kind"},
+    "linear": {"theta", "kind", "factor"},
+    "llama3": {"theta", "kind", "factor", "low_freq_factor", "high_freq_factor", "original_max_position"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A tiny model of transformers: what it says with padding on either side, and the folder that it was saved to."""
+
+    folder: Path
+    logits: dict[str, np.ndarray]
+
+
+@functools.cache
+def padded(side: str, vocab: int = 160) -> tuple[np.ndarray, np.ndarray]:
+    """Ragged token ids and their mask, int64 `[3, LENGTH]`."""
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(4, vocab, (len(LENGTHS), LENGTH))
+    mask = np.stack([np.arange(LENGTH) < n for n in LENGTHS]).astype(np.int64)
+    return tokens, mask if side == "right" else mask[:, ::-1].copy()
+
+
+def torch_logits(model, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """`[rows, length, vocab]` from a model of transformers, in its dtype; positions count real tokens."""
+    torch = pytest.importorskip("torch")
+    positions = np.maximum(np.cumsum(mask, -1) - 1, 0)
+    with torch.no_grad():
+        output = model(
+            input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask), position_ids=torch.tensor(positions)
+        )
+    return output.logits.numpy()
+
+
+def our_logits(model: Model, variables: Any, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """float32 `[rows, length, vocab]` from ours."""
+
+    @jax.jit
+    def run(variables, tokens, mask):
+        hidden, _, _ = model.apply(variables, TokenRows.from_padded(tokens, mask))
+        return model.logits(variables, hidden)
+
+    return np.asarray(run(variables, jnp.asarray(tokens), jnp.asarray(mask)))
+
+
+def difference(one: np.ndarray, other: np.ndarray, mask: np.ndarray) -> float:
+    """Largest difference on real tokens; infinite where the shapes differ."""
+    return float(np.abs(one - other)[mask > 0].max()) if one.shape == other.shape else float("inf")
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    """Case by name of a tiny config; transformers makes the model, its parameters are drawn anew, and it is saved."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+
+    @functools.cache
+    def make(name: str) -> Case:
+        folder = tmp_path_factory.mktemp("parity") / "model"
+        hf = dict(tiny.CONFIGS[name])
+        config = transformers.AutoConfig.for_model(hf.pop("model_type"), **hf)
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                is_norm = "norm" in key or ".ln_" in key
+                mean = 1.0 if is_norm and key.endswith("weight") else 0.0
+                parameter.normal_(mean, config.initializer_range)
+        model.save_pretrained(folder)
+        return Case(folder, {side: torch_logits(model, *padded(side)) for side in ("right", "left")})
+
+    return make
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", list(tiny.CONFIGS))
+def test_logits(cases, name, side):
+    case, (tokens, mask) = cases(name), padded(side)
+    assert case.logits[side][mask > 0].std(-1).min() > 1
+    ours = our_logits(*load(case.folder), tokens, mask)
+    assert difference(ours, case.logits[side], mask) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", list(tiny.CONFIGS))
+def test_export(cases, name, tmp_path):
+    """Import, export, and transformers computes the same logits from it as from its own."""
+    import transformers
+
+    case = cases(name)
+    model, variables = load(case.folder)
+    save(tmp_path / "out", model, variables, None, max_shard_size=60_000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again, report = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", attn_implementation="eager", output_loading_info=True
+        )
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert again.dtype.is_floating_point and str(again.dtype) == "torch.float32"
+    np.testing.assert_array_equal(torch_logits(again, *padded("left")), case.logits["left"])
+    ids = again.generation_config
+    assert ids.bos_token_id == 1 and ids.eos_token_id == tiny.CONFIGS[name]["eos_token_id"]
+
+
+@pytest.mark.parametrize("name", ["llama3.1", "llama-linear", "mistral", "qwen2-windows", "qwen3"])
+def test_config_of_transformers_4(cases, name):
+    """The keys before transformers 5: `rope_theta` and `rope_scaling`, and windows without `layer_types`."""
+    case = cases(name)
+    expected = load(case.folder)[0].config
+    old = json.loads((case.folder / "config.json").read_text())
+    rope = old.pop("rope_parameters")
+    old["rope_theta"] = rope.pop("rope_theta")
+    old["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    old.pop("layer_types", None)
+    text = json.dumps(old)
+    (case.folder / "config.json").write_text(text)
+    assert load(case.folder)[0].config == expected
+
+
+def mutations(config: ModelConfig) -> dict[str, ModelConfig]:
+    """Every numerical field of a config, changed for itself."""
+    change = functools.partial(dataclasses.replace, config)
+    found = {}
+    for field in sorted(NUMERIC - {"rope", "windows", "activation", "norm_eps", "norm"}):
+        found[field] = change(**{field: not getattr(config, field)})
+    found["norm"] = change(norm="layer" if config.norm == "rms" else "rms")
+    found["norm_eps"] = change(norm_eps=1e-6)
+    for activation in {"silu", "gelu", "gelu_tanh"} - {config.activation}:
+        found[f"activation={activation}"] = change(activation=activation)
+    # The pattern stays, and with it the parameters' tree.
+    found["windows"] = change(windows=tuple(20 if window is None else window + 1 for window in config.windows))
+    if config.rope is None:
+        return found | {"rope": change(rope=Rope(500.0))}
+    found["rope"] = change(rope=None)
+    for field in ROPE_FIELDS[config.rope.kind]:
+        value = getattr(config.rope, field)
+        if field != "kind":
+            found[f"rope.{field}"] = change(rope=dataclasses.replace(config.rope, **{field: value * 2}))
+            continue
+        for kind in set(ROPE_FIELDS) - {value}:
+            # A factor that the default kind leaves at 1 would change nothing.
+            factor, original = max(config.rope.factor, 2.0), min(config.rope.original_max_position, 64)
+            rope = dataclasses.replace(config.rope, kind=kind, factor=factor, original_max_position=original)
+            found[f"rope.kind={kind}"] = change(rope=rope)
+    return found
+
+
+def completed(model: Model, variables: Any) -> Any:
+    """The variables, and where the (mutated) model has further parameters, ones that make a difference."""
+    have = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
+    rng = np.random.default_rng(7)
+
+    def fill(path, leaf):
+        drawn = jnp.asarray(0.2 * rng.standard_normal(leaf.shape), leaf.dtype)
+        return have.get(path, drawn + (path[-1].key == "scale"))
+
+    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(model.init, jax.random.key(0)))
+
+
+def test_every_field_is_classified():
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    assert names == NUMERIC | STRUCTURE | INERT
+    assert {field.name for field in dataclasses.fields(Rope)} == ROPE_FIELDS["llama3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("llama-biases", ""),
+        ("llama3.1", "rope"),
+        ("llama-linear", "rope"),
+        ("mistral", ""),
+        ("qwen2-windows", ""),
+        ("qwen3", ""),
+        ("gpt2", ""),
+    ],
+)
+def test_every_field_counts(cases, name, part):
+    """With one numerical field misread, parity fails: so the parity above has seen that field."""
+    case, (tokens, mask) = cases(name), padded("right")
+    model, variables = load(case.folder)
+    unseen = {}
+    for field, config in mutations(model.config).items():
+        if not field.startswith(part):
+            continue
+        mutated = build(config)
+        try:
+            ours = our_logits(mutated, completed(mutated, variables), tokens, mask)
+        except Exception as error:
+            raise AssertionError(f"{name}: {field} could not be changed") from error
+        seen = difference(ours, case.logits["right"], mask)
+        if not seen > 1e-3:
+            unseen[field] = seen
+    assert not unseen
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_1"])
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "qwen3", "gpt2"])
+def test_gguf(name, kind, tmp_path):
+    """A GGUF file read by us and by transformers."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    # transformers reads neither qwen3's head_dim nor gpt2's n_positions from the file, so they are its defaults here.
+    defaults = {"qwen3": {"head_dim": 128}, "gpt2": {"n_positions": 1024}}
+    hf = tiny.CONFIGS[name] | defaults.get(name, {})
+    # It takes the vocabulary's size from the tokens.
+    tokens = {"tokenizer.ggml.tokens": [f"token {i}" for i in range(hf["vocab_size"])]}
+    tiny.write_gguf(tmp_path / "model.gguf", hf, tiny.arrays(hf), kind, tokens)
+    model, variables = load(tmp_path / "model.gguf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", attn_implementation="eager", dtype="float32"
+    )
+    tokens, mask = padded("right")
+    ours = our_logits(model, variables, tokens, mask)
+    assert difference(ours, torch_logits(theirs, tokens, mask), mask) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def smollm2_theirs(smollm2):
+    """SmolLM2 as transformers dequantises it."""
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2.parent, gguf_file=smollm2.name, attn_implementation="eager", dtype="float32"
+    )
+
+
+@pytest.fixture(scope="module")
+def smollm2_batch(smollm2):
+    """Chats of different lengths, left-padded: token ids and mask."""
+    tokenizer = load_tokenizer(smollm2)
+    questions = ("What is 17 + 25?", "Write a haiku about the sea, then explain each of its lines.", "Hi")
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    texts = [str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in chats]
+    tokenizer.padding_side = "left"
+    encoded = tokenizer(texts, padding=True)
+    return np.array(encoded["input_ids"]), np.array(encoded["attention_mask"])
+
+
+def test_smollm2(smollm2, smollm2_theirs, smollm2_batch, tmp_path):
+    """Logits from the GGUF file, and transformers' from our export of it."""
+    import transformers
+
+    theirs = torch_logits(smollm2_theirs, *smollm2_batch)
+    model, variables = load(smollm2)
+    ours = our_logits(model, variables, *smollm2_batch)
+    # With logits up to 38, float32 itself is 1e-4 away from float64: ours must be as near to it as transformers' are.
+    tokens, mask = (array[1:2, :][:, smollm2_batch[1][1] > 0] for array in smollm2_batch)
+    exact = torch_logits(copy.deepcopy(smollm2_theirs).double(), tokens, mask)
+    rounding, error = (difference(x[1:2, smollm2_batch[1][1] > 0], exact, mask) for x in (theirs, ours))
+    assert error < 1.5 * rounding < 3 * TOLERANCE
+    assert difference(ours, theirs, smollm2_batch[1]) < 2 * TOLERANCE
+    assert np.abs(ours - theirs)[smollm2_batch[1] > 0].mean() < TOLERANCE / 3
+    save(tmp_path / "out", model, variables, load_tokenizer(smollm2))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    np.testing.assert_array_equal(torch_logits(again, *smollm2_batch), theirs)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    messages = [{"role": "user", "content": "Add 1234 and 5678."}]
+    expected = str(load_tokenizer(smollm2).apply_chat_template(messages, tokenize=False))
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == expected
+    assert tokenizer(expected)["input_ids"] == load_tokenizer(smollm2)(expected)["input_ids"]
+
+
+def test_smollm2_tokenizer(smollm2):
+    """transformers' own rebuild agrees where no digits meet: it does not split them one by one, SmolLM2 does."""
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+    ours = load_tokenizer(smollm2)
+    texts = (
+        "Hello,  world!\n\n\tdef f(x): return x",
+        "naïve café 東京 👍🏽 can't WE'LL",
+        "<|im_start|>A 1 b<|im_end|>\n",
+    )
+    for text in texts:
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+        assert ours.decode(ours(text)["input_ids"]) == text
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "chat_template"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    assert len(ours) == len(theirs)
+    assert len(ours("2025")["input_ids"]) == 4

@@ -217,7 +217,7 @@ def page(args: argparse.Namespace, command: str, runs: list[dict]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Runs everything in interleaved order and writes the JSON and the table after each repetition."""
+    """Runs everything in interleaved order and writes the JSON after each run, the table after each repetition."""
     args = parse(argv)
     places = {model: prepare(args, model) for model in args.models}
     command = shlex.join(["python", "benchmarks/run.py", *without_paths(argv)])
@@ -230,9 +230,9 @@ def main(argv: list[str]) -> None:
                         continue
                     run = measure(args, name, task, *places[model])
                     runs.append(run | {"repeat": repeat})
+                    args.results.write_text(json.dumps({"command": command, "runs": runs}, indent=1) + "\n")
                     state = "failed" if "failed" in run else f"{statistics.median(run['seconds'][args.warmup :]):.3f} s"
                     print(f"{repeat + 1}/{args.repeats} {model} {task} {name}: {state}", flush=True)
-        args.results.write_text(json.dumps({"command": command, "machine": processor(), "runs": runs}, indent=1) + "\n")
         args.table.write_text(page(args, command, runs))
 
 

@@ -33,7 +33,6 @@ def main() -> None:
     """Runs the command line; errors that a user can mend are one message, not a traceback."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises installing torch, which is not used
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
-    logging.getLogger("jaxalign").setLevel(logging.INFO)
     try:
         app()
     except (ValueError, FileNotFoundError, FileExistsError, OSError, FloatingPointError) as error:
@@ -245,7 +244,7 @@ def _keep_compiled() -> None:
 def _progress(num_steps: int, start: int, title: str) -> Any:
     from jaxalign.training.progress import progress_bar
 
-    return progress_bar(num_steps, start, console, title=title)
+    return progress_bar(num_steps, start, console, title)
 
 
 def _metrics_table(title: str, metrics: dict[str, float]) -> None:

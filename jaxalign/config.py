@@ -97,6 +97,9 @@ def parse_config(raw: Mapping[str, Any], default_name: str = "run") -> RunConfig
     _known("", raw, TOP)
     name, runs_dir = str(raw.get("name", default_name)), str(raw.get("runs_dir", "runs"))
     shared = {key: value for key, value in raw.items() if key in SECTIONS or key == "method"}
+    for section, settings in shared.items():
+        if section in SECTIONS and isinstance(settings, Mapping):
+            _known(section, settings, [each.name for each in dataclasses.fields(SECTIONS[section])])
     listed = raw.get("stages")
     if listed is None:
         stages = (_stage("", shared, ""),)
@@ -200,15 +203,14 @@ def _known(where: str, raw: Mapping[str, Any], names: Sequence[str]) -> None:
         full = f"{where}.{key}" if where else str(key)
         if key in FOREIGN_NAMES:
             raise ValueError(f"{full}: unknown key; here it is {FOREIGN_NAMES[key]}")
-        near = difflib.get_close_matches(str(key), names, 1, 0.5)
-        hint = f"did you mean {near[0]!r}?" if near else _elsewhere(str(key)) or f"known: {', '.join(names)}"
+        near = difflib.get_close_matches(str(key), names, 1, 0.6)
+        hint = _elsewhere(str(key)) or (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}")
         raise ValueError(f"{full}: unknown key; {hint}")
 
 
 def _elsewhere(key: str) -> str | None:
-    kinds = {**SECTIONS, **{"method": None}}
-    for section, kind in kinds.items():
-        if kind is not None and key in [each.name for each in dataclasses.fields(kind)]:
+    for section, kind in SECTIONS.items():
+        if key in [each.name for each in dataclasses.fields(kind)]:
             return f"it belongs to {section}: {section}.{key}"
     for name, method in METHODS.items():
         if key in [each.name for each in dataclasses.fields(method.Config)]:

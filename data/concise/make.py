@@ -1,4 +1,4 @@
-"""Build the concise-answers data set from hand-written questions and a model's own answers.
+"""Build the concise-answers data set from written questions and answers and a model's own answers.
 
     python data/concise/make.py
 
@@ -17,6 +17,7 @@ from jaxalign.evaluation.rules import concise, mentions, sentence_ends, violatio
 
 FOLDER = Path(__file__).parent
 ANSWERS = ("answers_greedy.jsonl", "answers_sampled.jsonl")
+PLAIN = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-"})
 Row = dict[str, Any]
 
 
@@ -30,10 +31,14 @@ def dumps(rows: list[Row]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+def asked(row: Row) -> str:
+    """The question of a row: the last message of its prompt."""
+    return row["prompt"][-1]["content"]
+
+
 def answers_by_question(rows: list[Row]) -> dict[str, str]:
-    """Completion of each question; a prompt is the question or a conversation that ends with it."""
-    questions = [row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"] for row in rows]
-    return {question: row["completion"].strip() for question, row in zip(questions, rows, strict=True)}
+    """Completion of each question, with plain quotes and dashes."""
+    return {asked(row): row["completion"].strip().translate(PLAIN) for row in rows}
 
 
 def cut(text: str) -> str:
@@ -50,11 +55,6 @@ def rejected(candidates: list[str]) -> str | None:
     return None
 
 
-def message(role: str, content: str) -> list[Row]:
-    """A conversation of one message."""
-    return [{"role": role, "content": content}]
-
-
 def pairs(questions: list[Row], answers: list[dict[str, str]]) -> list[Row]:
     """Preference pairs; question i takes its rejected answer from file i modulo their number, or from the next ones.
 
@@ -63,7 +63,7 @@ def pairs(questions: list[Row], answers: list[dict[str, str]]) -> list[Row]:
     """
     rows = []
     for number, question in enumerate(questions):
-        prompt = question["prompt"]
+        prompt = asked(question)
         missing = [index for index, file in enumerate(answers) if prompt not in file]
         if missing:
             raise ValueError(f"answers file {missing[0] + 1} has no answer to {prompt!r}: sample it again")
@@ -72,9 +72,9 @@ def pairs(questions: list[Row], answers: list[dict[str, str]]) -> list[Row]:
         if answer is None:
             continue
         row = {
-            "prompt": message("user", prompt),
-            "chosen": message("assistant", question["answer"]),
-            "rejected": message("assistant", answer),
+            "prompt": question["prompt"],
+            "chosen": [{"role": "assistant", "content": question["answer"]}],
+            "rejected": [{"role": "assistant", "content": answer}],
         }
         rows.append(row | ({"keywords": question["keywords"]} if "keywords" in question else {}))
     return rows
@@ -104,8 +104,8 @@ def main() -> None:
         print(f"{name}: {content.count(chr(10))} rows")
     held_out = [question for question in questions if question["split"] == "held_out"]
     for path, file in zip(arguments.answers, answers, strict=True):
-        right = sum(mentions(file[question["prompt"]], question["keywords"]) for question in held_out)
-        short = sum(concise(file[question["prompt"]]) for question in held_out)
+        right = sum(mentions(file[asked(question)], question["keywords"]) for question in held_out)
+        short = sum(concise(file[asked(question)]) for question in held_out)
         print(f"{path.name}, held out: {short} of {len(held_out)} concise, {right} mention their keywords")
 
 

@@ -73,16 +73,15 @@ def token_statistics(
     def statistics(part):
         states, targets = part
         raw = logits(states)
-        scaled = raw / temperature
-        most = jax.lax.stop_gradient(scaled.max(-1))
+        most = jax.lax.stop_gradient(raw.max(-1))
+        chosen = jnp.take_along_axis(raw, targets[..., None], axis=-1)[..., 0]
         # One pass of exp serves the log-sum, its gradient and the entropy.
-        shifted = scaled - most[..., None]
+        shifted, taken = (raw - most[..., None]) / temperature, (chosen - most) / temperature
         exps = jnp.exp(shifted)
         total = exps.sum(-1)
         log_sum = jnp.log(total)
-        taken = jnp.take_along_axis(shifted, targets[..., None], axis=-1)[..., 0]
         entropy = jax.lax.stop_gradient(log_sum - (exps * shifted).sum(-1) / total)
-        hits = jax.lax.stop_gradient(taken >= 0).astype(jnp.float32)
+        hits = jax.lax.stop_gradient(chosen >= most).astype(jnp.float32)
         return TokenStatistics(taken - log_sum, entropy, hits, jax.lax.stop_gradient(raw).mean(-1))
 
     return map_chunks(statistics, (gather_sources(hidden, predictions), predictions.targets), chunk=chunk)

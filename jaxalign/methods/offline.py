@@ -130,7 +130,10 @@ def make_layout(
         first = examples[0]
         order = np.random.default_rng(seed).permutation(len(first))[: SAMPLED_MICRO_BATCHES * micro]
         pieces = [_pieces(method, config, first[int(i)]) for i in order]
-        length = choose_length(pieces, micro, attention_weight=attention_weight(model), longest=longest)
+        # A tensor core or a systolic array wants multiples of 128; on CPU padding costs more than an odd shape.
+        multiple = 32 if mesh.devices.flat[0].platform == "cpu" else 128
+        weight = attention_weight(model)
+        length = choose_length(pieces, micro, attention_weight=weight, multiple=multiple, longest=longest)
     return Layout(batch_size, micro, length, data_shards(mesh) // processes or 1, jax.process_index(), processes)
 
 

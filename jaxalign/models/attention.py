@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -57,28 +59,78 @@ def attend(
       dropout_key: needed when `dropout` is not 0.
 
     Returns:
-      `[rows, queries, heads, head_dim]` in the query's dtype; scores and softmax are float32 or wider. A query that sees
-      nothing gets a finite value that nobody reads.
+      `[rows, queries, heads, head_dim]` in the query's dtype; scores and softmax are float32 or wider. A query that
+      sees nothing gets a finite value that nobody reads.
     """
     rows, queries, heads, head_dim = query.shape
     kv_heads = keys[0].key.shape[2]
-    wide = jnp.promote_types(query.dtype, jnp.float32)
+    # Heads of one group lie beside each other as further queries: every product is then a plain batched one.
     grouped = (query * scale).reshape(rows, queries, kv_heads, heads // kv_heads, head_dim)
-    scores = [
-        jnp.where(
-            each.mask[:, None, None],
-            jnp.einsum("rqhgd,rkhd->rhgqk", grouped, each.key, preferred_element_type=wide),
-            MASKED,
-        )
-        for each in keys
-    ]
-    probs = jax.nn.softmax(jnp.concatenate(scores, axis=-1) if len(scores) > 1 else scores[0], axis=-1)
+    grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads, -1, head_dim)
+    by_head = tuple(Keys(each.key.swapaxes(1, 2), each.value.swapaxes(1, 2), each.mask) for each in keys)
+    if len(keys) == 1 and not dropout:
+        mixed = _attend_once(grouped, *by_head[0])
+    else:
+        mixed = _attend_many(grouped, by_head, dropout, dropout_key)
+    mixed = mixed.reshape(rows, kv_heads, heads // kv_heads, queries, head_dim)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(query.shape)
+
+
+def _scores(query: Array, key: Array, mask: Array) -> jax.Array:
+    """Masked `query @ key^T`: query `[rows, kv_heads, groups * queries, head_dim]`, key `[rows, kv_heads, keys, head_dim]`."""
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("rhqd,rhkd->rhqk", query, key, preferred_element_type=wide)
+    shape = (*scores.shape[:2], -1, *mask.shape[1:])
+    return jnp.where(mask[:, None, None], scores.reshape(shape), MASKED).reshape(scores.shape)
+
+
+def _attend_many(query: Array, keys: tuple[Keys, ...], dropout: float, dropout_key: jax.Array | None) -> jax.Array:
+    scores = jnp.concatenate([_scores(query, each.key, each.mask) for each in keys], axis=-1)
+    probs = jax.nn.softmax(scores, axis=-1)
     if dropout and dropout_key is not None:
         probs = probs * jax.random.bernoulli(dropout_key, 1 - dropout, probs.shape) / (1 - dropout)
-    probs = probs.astype(query.dtype)
-    mixed, start = None, 0
-    for each in keys:
-        part = probs[..., start : start + each.key.shape[1]]
-        one = jnp.einsum("rhgqk,rkhd->rqhgd", part, each.value)
-        mixed, start = one if mixed is None else mixed + one, start + each.key.shape[1]
-    return mixed.reshape(query.shape)
+    ends = list(itertools.accumulate(each.key.shape[2] for each in keys))
+    parts = jnp.split(probs.astype(query.dtype), ends[:-1], axis=-1)
+    mixed = [jnp.einsum("rhqk,rhkd->rhqd", part, each.value) for part, each in zip(parts, keys, strict=True)]
+    return functools.reduce(jnp.add, mixed)
+
+
+@jax.custom_vjp
+def _attend_once(query: Array, key: Array, value: Array, mask: Array) -> jax.Array:
+    """Attention to one set of keys; the backward pass computes the probabilities again instead of keeping them."""
+    return _attend_forward(query, key, value, mask)[0]
+
+
+def _attend_forward(query: Array, key: Array, value: Array, mask: Array):
+    scores = _scores(query, key, mask)
+    most = scores.max(-1, keepdims=True)
+    exps = jnp.exp(scores - most)
+    total = exps.sum(-1, keepdims=True)
+    mixed = jnp.einsum("rhqk,rhkd->rhqd", exps.astype(query.dtype), value, preferred_element_type=scores.dtype)
+    mixed = (mixed / total).astype(query.dtype)
+    return mixed, (query, key, value, mask, mixed, (most + jnp.log(total))[..., 0])
+
+
+def _attend_backward(saved, grad):
+    # Everything is computed keys before queries, so that no product needs a transposed copy of a [queries, keys] array.
+    query, key, value, mask, mixed, log_total = saved
+    scores = _scores_by_key(query, key, mask)
+    probs = jnp.exp(scores - log_total[:, :, None])
+    inner = jnp.einsum("rhqd,rhqd->rhq", grad, mixed, preferred_element_type=scores.dtype)
+    grad_probs = jnp.einsum("rhkd,rhqd->rhkq", value, grad, preferred_element_type=scores.dtype)
+    grad_scores = (probs * (grad_probs - inner[:, :, None])).astype(query.dtype)
+    grad_value = jnp.einsum("rhkq,rhqd->rhkd", probs.astype(query.dtype), grad)
+    grad_key = jnp.einsum("rhkq,rhqd->rhkd", grad_scores, query)
+    grad_query = jnp.einsum("rhkd,rhkq->rhdq", key, grad_scores).swapaxes(2, 3)
+    return grad_query, grad_key, grad_value, None
+
+
+def _scores_by_key(query: Array, key: Array, mask: Array) -> jax.Array:
+    """The transposed `_scores`, `[rows, kv_heads, keys, groups * queries]`."""
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("rhkd,rhqd->rhkq", key, query, preferred_element_type=wide)
+    shape = (*scores.shape[:3], -1, mask.shape[1])
+    return jnp.where(mask.swapaxes(1, 2)[:, None, :, None], scores.reshape(shape), MASKED).reshape(scores.shape)
+
+
+_attend_once.defvjp(_attend_forward, _attend_backward)

@@ -108,6 +108,12 @@ def open_gguf(path: str | Path) -> GgufFile:
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{path}: architecture {architecture!r} is not supported; known: {', '.join(ARCHITECTURES)}")
+    if metadata.get("split.count", 1) > 1:
+        raise ValueError(
+            f"{path} is one of {metadata['split.count']} parts; merge them with llama.cpp's gguf-split first"
+        )
+    if reader.byte_order != "I":
+        raise ValueError(f"{path} was written for machines of the other byte order")
     for tensor in reader.tensors:
         if tensor.tensor_type.name not in TYPES:
             raise ValueError(

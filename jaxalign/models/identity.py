@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jaxalign.models.config import ModelConfig
-from jaxalign.models.pretrained import _locate
+from jaxalign.models.pretrained import ALL_FILES, _locate
 
 
 class HasEos(Protocol):
@@ -25,7 +25,7 @@ def fingerprint(path: str | Path) -> str:
     Raises:
       FileNotFoundError: there is no such checkpoint.
     """
-    local = _locate(path)
+    local = _locate(path, ALL_FILES)
     files = sorted([local / "config.json", *local.glob("*.safetensors")]) if local.is_dir() else [local]
     digest = hashlib.sha256()
     for file in files:

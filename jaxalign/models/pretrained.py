@@ -29,7 +29,9 @@ from jaxalign.types import Variables
 
 logger = logging.getLogger("jaxalign")
 
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+CONFIG_FILES = ["*.json"]
+TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+ALL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 # Tensors that some checkpoints carry and no model needs: tables that are computed, and causal masks.
 IGNORED = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(bias|masked_bias))$")
 
@@ -61,16 +63,18 @@ def load(
       FileNotFoundError: there is no such checkpoint, or a file of it is missing.
       ValueError: an unknown family or setting; a tensor that is missing or of another shape; a file that is not whole.
     """
-    source = _open(path)
-    model = build(_config(source), param_dtype=param_dtype, compute_dtype=compute_dtype, remat=remat)
+    local = _locate(path, ALL_FILES)
+    source = _open_folder(local) if local.is_dir() else open_gguf(local)
+    model = build(_config(local, source.config), param_dtype=param_dtype, compute_dtype=compute_dtype, remat=remat)
     shapes = jax.eval_shape(model.init, jax.random.key(0))["params"]
     places = None if mesh is None else param_shardings(mesh, shapes)
     return model, {"params": _read_params(source, model.config, shapes, places)}
 
 
 def load_config(path: str | Path) -> ModelConfig:
-    """Only the config of what `load` would load; no tensor is read."""
-    return _config(_open(path))
+    """Only the config of what `load` would load; no tensor is read (nor, from the Hub, fetched)."""
+    local = _locate(path, CONFIG_FILES)
+    return _config(local, _read_config(local) if local.is_dir() else open_gguf(local).config)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
@@ -80,7 +84,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
       FileNotFoundError: there is no such checkpoint.
       ValueError: a GGUF file whose kind of tokenizer we do not know.
     """
-    local = _locate(path)
+    local = _locate(path, TOKENIZER_FILES)
     if local.is_dir():
         return AutoTokenizer.from_pretrained(local)
     rebuilt = rebuild_tokenizer(open_gguf(local).metadata)
@@ -124,8 +128,8 @@ class Folder:
             return file.get_slice(self.stored[name])[index]
 
 
-def _locate(path: str | Path) -> Path:
-    """The local folder or GGUF file behind a path or a Hub name."""
+def _locate(path: str | Path, files: list[str]) -> Path:
+    """The local folder or GGUF file behind a path or a Hub name; from the Hub come only these files."""
     local = Path(path)
     if local.is_file():
         if local.suffix != ".gguf":
@@ -143,7 +147,7 @@ def _locate(path: str | Path) -> Path:
         raise FileNotFoundError(f"{path} does not exist")
     try:
         # Only the top folder: some repositories keep other formats in folders beside it.
-        return _locate_snapshot(snapshot_download(str(path), allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+        return _locate_snapshot(snapshot_download(str(path), allow_patterns=files, ignore_patterns=["*/*"]))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
         raise FileNotFoundError(
             f"{path!r} is no folder and no .gguf file here, and the Hugging Face Hub did not give it. Without a "
@@ -159,12 +163,7 @@ def _locate_snapshot(folder: str) -> Path:
     return Path(folder)
 
 
-def _open(path: str | Path) -> Source:
-    local = _locate(path)
-    return _open_folder(local) if local.is_dir() else open_gguf(local)
-
-
-def _open_folder(path: Path) -> Folder:
+def _read_config(path: Path) -> dict[str, Any]:
     config = _read_json(path / "config.json")
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method")
@@ -174,6 +173,11 @@ def _open_folder(path: Path) -> Folder:
     ends = path / "generation_config.json"
     if ends.is_file() and (eos := _read_json(ends).get("eos_token_id")) is not None:
         config = {**config, "eos_token_id": eos}
+    return config
+
+
+def _open_folder(path: Path) -> Folder:
+    config = _read_config(path)
     index, names = _list_files(path)
     stored, files, shapes = {}, {}, {}
     for file in names:
@@ -219,11 +223,11 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
-def _config(source: Source) -> ModelConfig:
+def _config(path: Path, content: Mapping[str, Any]) -> ModelConfig:
     try:
-        return from_hf(source.config)
+        return from_hf(content)
     except ValueError as error:
-        raise ValueError(f"{source.path}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _read_params(source: Source, config: ModelConfig, shapes: Any, places: Any) -> dict:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -21,16 +20,6 @@ Index = tuple[slice, ...]
 
 class Source(Protocol):
     """A checkpoint on disk under Hugging Face's tensor names."""
-
-    @property
-    def path(self) -> Path:
-        """The folder or file."""
-        ...
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The content of its config.json."""
-        ...
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

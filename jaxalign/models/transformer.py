@@ -89,10 +89,11 @@ def build(
 
     def logits(variables: Variables, hidden: Array) -> jax.Array:
         params, dtype = variables["params"], jnp.dtype(compute_dtype)
-        equation = "...d,vd->...v" if config.tie_embeddings else "...d,dv->...v"
+        equation = "nd,vd->nv" if config.tie_embeddings else "nd,dv->nv"
         table = params["embed"]["embedding"] if config.tie_embeddings else params["head"]["kernel"]
         wide = jnp.promote_types(dtype, jnp.float32)
-        return jnp.einsum(equation, hidden.astype(dtype), table.astype(dtype), preferred_element_type=wide)
+        flat = hidden.reshape(-1, hidden.shape[-1]).astype(dtype)
+        return jnp.einsum(equation, flat, table.astype(dtype), preferred_element_type=wide).reshape(*hidden.shape[:-1], -1)
 
     return Model(config, init, apply, logits)
 
@@ -159,8 +160,10 @@ class _Linear(nn.Module):
     def __call__(self, x):
         shape = (*x.shape[x.ndim - self.inputs :], *self.features)
         kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.param_dtype).astype(x.dtype)
-        axes = tuple(range(x.ndim - self.inputs, x.ndim))
-        y = jax.lax.dot_general(x, kernel, ((axes, tuple(range(self.inputs))), ((), ())))
+        leading = x.shape[: x.ndim - self.inputs]
+        # As one plain matrix product: XLA then needs no transposed copy of x for the gradient.
+        width = math.prod(shape[: self.inputs])
+        y = (x.reshape(-1, width) @ kernel.reshape(width, -1)).reshape(*leading, *self.features)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.features, self.param_dtype).astype(x.dtype)
             y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)

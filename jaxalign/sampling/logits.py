@@ -48,7 +48,8 @@ def truncate(
 
 def top_k_mask(log_probs: jax.Array, k: int) -> jax.Array:
     """True for exactly the k most probable tokens (all, where the vocabulary is smaller): bool `[..., vocab]`."""
-    values, ids = jax.lax.top_k(log_probs, min(k, log_probs.shape[-1]))
+    # XLA on CPU only sees a top-k, and not a sort, where all k values are used.
+    values, ids = jax.lax.optimization_barrier(jax.lax.top_k(log_probs, min(k, log_probs.shape[-1])))
     # top_k puts the lower id first among equals, so the last one kept marks the boundary.
     least, last = values[..., -1:], ids[..., -1:]
     place = jax.lax.broadcasted_iota(ids.dtype, log_probs.shape, log_probs.ndim - 1)

@@ -19,7 +19,7 @@ SHOWN = (
 
 @contextlib.contextmanager
 def progress_bar(
-    num_steps: int, start: int = 0, console: Console | None = None
+    num_steps: int, start: int = 0, console: Console | None = None, title: str = "train"
 ) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
     """Shows steps, loss, tokens per second, MFU, memory and the time left while the context is open.
 
@@ -27,6 +27,7 @@ def progress_bar(
       num_steps: steps of the whole run.
       start: steps done before (they do not count for the time left).
       console: where to draw; None takes the terminal.
+      title: stands before the bar.
 
     Yields:
       What `fit` takes as `progress`: (step, metrics) -> None; of the metrics those that are absent are not shown.
@@ -34,7 +35,7 @@ def progress_bar(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"))
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, *times, console=console) as bar:
-        task = bar.add_task("train", total=num_steps, completed=start, shown="")
+        task = bar.add_task(title, total=num_steps, completed=start, shown="")
         yield lambda step, metrics: bar.update(task, completed=step, shown=shown(metrics))
 
 

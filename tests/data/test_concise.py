@@ -11,11 +11,12 @@ from jaxalign.evaluation.rules import concise, mentions, sentence_ends, violatio
 FOLDER = Path(__file__).parents[2] / "data" / "concise"
 FRAME = """a an the is are was were do does did can could would i you me we us my please tell explain describe define
 about what what's who why how when where exactly to of keep hearing it best way should mean people by"""
-COMMON = "water important need float form make makes cause causes body famous built day grow"
+COMMON = "water important need float form make makes cause causes body famous built day grow for use used in and"
 
 
 def load_make():
     spec = importlib.util.spec_from_file_location("concise_make", FOLDER / "make.py")
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -49,17 +50,18 @@ def test_counts():
     assert {row["split"] for row in questions} == {"train", "held_out"}
 
 
-@pytest.mark.parametrize("row", TRAIN + HELD_OUT, ids=lambda row: row["prompt"][0]["content"])
-def test_pair(row):
-    question = content(row["prompt"], "user")
-    chosen, rejected = content(row["chosen"], "assistant"), content(row["rejected"], "assistant")
-    assert violations(chosen) == []
-    assert {"sentences", "too long"} & set(violations(rejected))
-    for text in (question, chosen, rejected):
-        assert text == text.strip()
-        assert all(character == "\n" or " " <= character <= "~" for character in text)
-    assert "\n" not in question
-    assert len(words(rejected)) <= 90
+@pytest.mark.parametrize("pairs", [TRAIN, HELD_OUT], ids=["train", "held_out"])
+def test_pairs(pairs):
+    for row in pairs:
+        question = content(row["prompt"], "user")
+        chosen, rejected = content(row["chosen"], "assistant"), content(row["rejected"], "assistant")
+        assert violations(chosen) == [], question
+        assert {"sentences", "too long"} & set(violations(rejected)), question
+        assert "\n" not in question
+        for text in (question, chosen, rejected):
+            assert text == text.strip()
+            assert all(character == "\n" or " " <= character <= "~" for character in text), text
+        assert len(words(rejected)) <= 80, question
 
 
 def test_columns():
@@ -88,13 +90,13 @@ def test_topics_of_the_splits_differ():
         assert [other for other in train if 2 * len(topic & other) > len(topic)] == []
 
 
-@pytest.mark.parametrize("row", HELD_OUT, ids=lambda row: row["prompt"][0]["content"])
-def test_keywords_judge_the_answer(row):
-    keywords = row["keywords"]
-    assert 1 <= len(keywords) <= 2
-    assert all(group and all(word == word.lower().strip() != "" for word in group) for group in keywords)
-    assert mentions(content(row["chosen"], "assistant"), keywords)
-    assert not mentions(content(row["prompt"], "user"), keywords)
+def test_keywords_judge_the_answer():
+    for row in HELD_OUT:
+        question, keywords = content(row["prompt"], "user"), row["keywords"]
+        assert 1 <= len(keywords) <= 2, question
+        assert all(group and all(word == word.lower().strip() != "" for word in group) for group in keywords), question
+        assert mentions(content(row["chosen"], "assistant"), keywords), question
+        assert not mentions(question, keywords), question
 
 
 def test_make_reproduces_the_files():
@@ -105,13 +107,14 @@ def test_make_reproduces_the_files():
         assert (FOLDER / name).read_bytes() == text.encode()
 
 
-def test_make_takes_conversational_prompts_and_names_what_is_missing():
-    question = {"prompt": "Why?", "answer": "Because that is how it is.", "split": "train"}
-    answer = {"prompt": [{"role": "user", "content": "Why?"}], "completion": "It is. It is so. And th"}
-    row = json.loads(make.build([question], [make.answers_by_question([answer])])["train.jsonl"])
-    assert content(row["rejected"], "assistant") == "It is. It is so."
+def test_make_names_the_question_that_lacks_an_answer():
+    prompt = [{"role": "user", "content": "Why?"}]
+    question = {"prompt": prompt, "answer": "Because that is how it is.", "split": "train"}
+    answers = make.answers_by_question([{"prompt": prompt, "completion": "It\u2019s so. It is. And th"}])
+    row = json.loads(make.build([question], [answers])["train.jsonl"])
+    assert content(row["rejected"], "assistant") == "It's so. It is."
     with pytest.raises(ValueError, match=r"answers file 2 has no answer to 'Why\?'"):
-        make.build([question], [make.answers_by_question([answer]), {}])
+        make.build([question], [answers, {}])
 
 
 def test_make_skips_concise_and_foreign_answers():

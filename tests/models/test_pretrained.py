@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -343,6 +344,60 @@ class TestSave:
         assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
         assert again.chat_template == tokenizer.chat_template
         assert (again.bos_token_id, again.eos_token_id, again.pad_token_id) == (1, 2, 2)
+
+
+PROCESS = """
+import sys, jax
+import numpy as np
+
+process, port, source, target = sys.argv[1:]
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
+
+from jaxalign.models import pretrained
+from jaxalign.models.export import save
+from jaxalign.sharding import MeshConfig, make_mesh
+
+read, original = [], pretrained.Folder.read
+
+def spy(self, name, index):
+    read.append(original(self, name, index))
+    return read[-1]
+
+pretrained.Folder.read = spy
+model, variables = pretrained.load(source, mesh=make_mesh(MeshConfig(data=1, fsdp=2, tensor=2)))
+print(sum(array.size for array in read) / sum(leaf.size for leaf in jax.tree.leaves(variables)))
+save(target, model, variables, None, max_shard_size=60_000)
+"""
+
+
+def test_two_processes(tmp_path):
+    """Each of two processes reads its half, and together they write the whole."""
+    content = tiny.write_folder(tmp_path / "in", tiny.CONFIGS["gpt2"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-c", PROCESS]
+    started = [
+        subprocess.Popen(
+            [*command, str(process), str(port), str(tmp_path / "in"), str(tmp_path / "out")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        for process in range(2)
+    ]
+    for process in started:
+        out, error = process.communicate(timeout=240)
+        assert process.returncode == 0, error
+        assert 0.5 <= float(next(line for line in out.splitlines() if line[0].isdigit())) < 0.52
+    written = {}
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        written |= load_file(file)
+    assert written.keys() == content.keys()
+    assert all(np.array_equal(written[name], content[name]) for name in content)
 
 
 MEASURE = """

@@ -1,0 +1,5 @@
+"""`python -m jaxalign` is `jaxalign`."""
+
+from jaxalign.cli import main
+
+main()

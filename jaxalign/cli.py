@@ -18,27 +18,38 @@ from rich.table import Table
 
 # Heavy imports happen inside the commands, so that `--help` answers at once.
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Post-training for language models in JAX.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Post-training for language models in JAX.",
+)
 data_app = typer.Typer(no_args_is_help=True, help="Look at data before training.")
 configs_app = typer.Typer(no_args_is_help=True, help="Configs that come with jaxalign.")
 app.add_typer(data_app, name="data")
 app.add_typer(configs_app, name="configs")
 console = Console()
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a config that comes with jaxalign.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=value]...", help="Settings that replace the file's.")]
+ConfigPath = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a config that comes with jaxalign.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[a.b=value]...", help="Settings that replace the file's.")
+]
 
 
 def main() -> None:
     """Runs the command line; errors that a user can mend are one message, not a traceback."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises installing torch, which is not used
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+    )
     try:
         app()
     except (ValueError, FileNotFoundError, FileExistsError, OSError, FloatingPointError) as error:
         if os.environ.get("JAXALIGN_TRACEBACK"):
             raise
-        console.print(f"[bold red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error:[/] {_escape(_plain(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -52,12 +63,13 @@ def run(
     from jaxalign import run as runs
 
     _keep_compiled()
-    result = runs.run(_load(config, overrides), fresh=fresh, say=_say, make_progress=_progress)
+    loaded = _load(config, overrides)
+    result = runs.run(loaded, fresh=fresh, say=_say, make_progress=_progress)
     for stage in result.stages:
         if stage.export is not None:
             _metrics_table(stage.name or "result", stage.metrics)
     if result.comparison is not None:
-        _show_comparison(result.comparison, _load(config, overrides).compare.samples)  # pyright: ignore[reportOptionalMemberAccess]
+        _show_comparison(result.comparison, loaded.compare.samples)
     if result.stages and result.stages[-1].export is not None:
         _say(f"policy: {result.stages[-1].export}")
     if any(stage.reason == "terminated" for stage in result.stages):
@@ -68,37 +80,38 @@ def run(
 def sample(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a GGUF file or a Hub name.")],
     prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A file with a `prompt` column (JSON lines, Parquet, ...).")] = None,
-    output: Annotated[Path | None, typer.Option(help="Write JSON lines (prompt, completion) instead of printing.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file with a `prompt` column (JSON lines, Parquet, ...).")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write JSON lines (prompt, completion) instead of printing.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="A system message before a single prompt.")] = None,
-    raw: Annotated[bool, typer.Option(help="Continue a single prompt as plain text, without the chat template.")] = False,
+    raw: Annotated[
+        bool, typer.Option(help="Continue a single prompt as plain text, without the chat template.")
+    ] = False,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Draw among so many tokens; 0 = all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw among the tokens that make up this probability.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Least probability of a token, relative to the best.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion in tokens.")] = 256,
-    stop: Annotated[list[str] | None, typer.Option(help="A string that ends a completion; may be given several times.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A string that ends a completion; may be given several times.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 16,
 ) -> None:
     """Draw completions from MODEL."""
-    from jaxalign import data, evaluation, models, sampling
+    from jaxalign import evaluation, models, sampling
     from jaxalign.run import resolve_dtype
 
     if (prompt is None) == (prompts is None):
         raise ValueError("give either --prompt TEXT or --prompts FILE")
     _keep_compiled()
     tokenizer = models.load_tokenizer(model)
-    if prompts is not None:
-        examples = data.load(data.DataConfig(path=str(prompts)), tokenizer, "prompt").train
-        ids = [examples[i]["prompt_ids"].tolist() for i in range(len(examples))]
-        shown: list[Any] = [examples.row(i)["prompt"] for i in range(len(examples))]
-    else:
-        asked: Any = prompt
-        if not raw and tokenizer.chat_template:
-            asked = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": prompt}]
-        encoded = data.encode(tokenizer, {"prompt": asked}, "prompt", data.DataConfig(path=""))
-        ids, shown = [encoded["prompt_ids"].tolist()], [asked]
+    asked, ids = (
+        _read_prompts(tokenizer, prompts) if prompts is not None else _one_prompt(tokenizer, prompt, system, raw)
+    )
     loaded, variables = models.load(model, compute_dtype=resolve_dtype("auto"))
     settings = sampling.Config(
         temperature=temperature,
@@ -111,13 +124,13 @@ def sample(
     answer = evaluation.make_answer(loaded, tokenizer, settings, batch_size=batch_size, seed=seed, stop=stop or ())
     texts = answer(variables, ids)
     if output is not None:
-        lines = [json.dumps({"prompt": p, "completion": text}, ensure_ascii=False) for p, text in zip(shown, texts, strict=True)]
-        output.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        _say(f"{len(lines)} completions in {output}")
+        rows = [{"prompt": each, "completion": text} for each, text in zip(asked, texts, strict=True)]
+        output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        _say(f"{len(rows)} completions in {output}")
         return
-    for asked, text in zip(shown, texts, strict=True):
+    for each, text in zip(asked, texts, strict=True):
         if prompts is not None:
-            console.print(evaluation.readable(asked), style="bold", markup=False, highlight=False)
+            console.print(evaluation.readable(each), style="bold", markup=False, highlight=False)
         console.print(text, markup=False, highlight=False)
 
 
@@ -154,7 +167,9 @@ def convert(
         raise ValueError(f"--dtype {dtype}: known are float32, bfloat16, float16")
     path = exported(source)
     loaded, variables = models.load(path)
-    models.save(target, loaded, variables, models.load_tokenizer(path), dtype=dtype, base_model=source, overwrite=overwrite)
+    models.save(
+        target, loaded, variables, models.load_tokenizer(path), dtype=dtype, base_model=source, overwrite=overwrite
+    )
     _say(f"{target}: {loaded.config.family}, {dtype}")
 
 
@@ -213,6 +228,24 @@ def configs_copy(name: str, target: Annotated[Path, typer.Argument(help="A file 
     _say(f"{where}")
 
 
+def _read_prompts(tokenizer: Any, path: Path) -> tuple[list[Any], list[list[int]]]:
+    from jaxalign import data
+
+    examples = data.load(data.DataConfig(path=str(path)), tokenizer, "prompt").train
+    numbers = range(len(examples))
+    return [examples.row(i)["prompt"] for i in numbers], [examples[i]["prompt_ids"].tolist() for i in numbers]
+
+
+def _one_prompt(tokenizer: Any, prompt: str | None, system: str | None, raw: bool) -> tuple[list[Any], list[list[int]]]:
+    from jaxalign import data
+
+    asked: Any = prompt
+    if not raw and tokenizer.chat_template:
+        asked = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": prompt}]
+    encoded = data.encode(tokenizer, {"prompt": asked}, "prompt", data.DataConfig(path=""))
+    return [asked], [encoded["prompt_ids"].tolist()]
+
+
 def _load(path: Path, overrides: list[str] | None) -> Any:
     from jaxalign.config import load_config, shipped_configs
 
@@ -234,7 +267,7 @@ def _keep_compiled() -> None:
     """Compiled programs are kept between runs, unless the user says where or that they are not."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxalign" / "xla"
         with contextlib.suppress(OSError):
             cache.mkdir(parents=True, exist_ok=True)
@@ -256,17 +289,19 @@ def _metrics_table(title: str, metrics: dict[str, float]) -> None:
 
 
 def _show_comparison(comparison: Any, samples: int) -> None:
+    before, after = comparison.before, comparison.after
     table = Table("held-out answers", "before", "after", title=f"{len(comparison.prompts)} prompts, greedy")
-    for rule, share in comparison.before.rules.items():
-        table.add_row(f"satisfy the rule `{rule}`", f"{share:.0%}", f"{comparison.after.rules[rule]:.0%}")
-    if comparison.before.right is not None:
-        table.add_row("mention what a right answer must", f"{comparison.before.right:.0%}", f"{comparison.after.right:.0%}")
-    table.add_row("mean words", f"{comparison.before.mean_words:.1f}", f"{comparison.after.mean_words:.1f}")
+    for rule, share in before.rules.items():
+        table.add_row(f"satisfy the rule `{rule}`", f"{share:.0%}", f"{after.rules[rule]:.0%}")
+    if before.right is not None:
+        table.add_row("mention what a right answer must", f"{before.right:.0%}", f"{after.right:.0%}")
+    table.add_row("mean words", f"{before.mean_words:.1f}", f"{after.mean_words:.1f}")
     console.print(table)
     step = max(1, len(comparison.prompts) // max(samples, 1))
     shown = Table("prompt", "before", "after", show_lines=True)
     for i in list(range(0, len(comparison.prompts), step))[:samples]:
-        shown.add_row(*(_escape(text) for text in (comparison.prompts[i], comparison.before.answers[i], comparison.after.answers[i])))
+        texts = (comparison.prompts[i], before.answers[i], after.answers[i])
+        shown.add_row(*map(_escape, texts))
     console.print(shown)
 
 

@@ -111,7 +111,9 @@ def parse_config(raw: Mapping[str, Any], default_name: str = "run") -> RunConfig
             if not isinstance(each, str) or not each or names.index(each) != i:
                 raise ValueError(f"stages[{i}].name: every stage needs a name of its own")
         stages = tuple(
-            _stage(each["name"], _merge(shared, {k: v for k, v in each.items() if k != "name"}), f"stages.{each['name']}.")
+            _stage(
+                each["name"], _merge(shared, {k: v for k, v in each.items() if k != "name"}), f"stages.{each['name']}."
+            )
             for each in listed
         )
         _check_inputs(stages)
@@ -137,7 +139,9 @@ def build(kind: type, raw: Any, where: str) -> Any:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = ".".join([where, *(str(part) for part in first["loc"][:1])])
-        given = "" if first["type"] in ("missing", "missing_argument") or not first["loc"] else f" (got {first['input']!r})"
+        given = (
+            "" if first["type"] in ("missing", "missing_argument") or not first["loc"] else f" (got {first['input']!r})"
+        )
         raise ValueError(f"{key}: {first['msg'].removeprefix('Value error, ')}{given}") from None
 
 
@@ -192,7 +196,9 @@ def _check_inputs(stages: Sequence[Stage]) -> None:
             value = getattr(stage.model, key) or ""
             source, dot, role = value.rpartition(".")
             if dot and role == "policy" and source not in earlier:
-                raise ValueError(f"stages.{stage.name}.model.{key}: {value!r} names no earlier stage (there are: {earlier})")
+                raise ValueError(
+                    f"stages.{stage.name}.model.{key}: {value!r} names no earlier stage (there are: {earlier})"
+                )
         earlier.append(stage.name)
 
 

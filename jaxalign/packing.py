@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -58,7 +59,7 @@ class Plan:
 
 
 def measure(trunk: int, branches: Sequence[int] = (), last_target: int = 0, targets: int = 0) -> Piece:
-    """The piece of a document with shared prompt, from lengths: branch lengths, or where a plain trunk's targets are."""
+    """The piece of a document with shared prompt, from lengths: of branches, or up to a plain trunk's last target."""
     if branches:
         return Piece(trunk + sum(max(n - 1, 0) for n in branches), sum(branches))
     return Piece(last_target, targets)
@@ -142,7 +143,9 @@ def plan(
     return Plan(bucket(most_rows, shards), length, bucket(most_predictions, 32), tuple(places))
 
 
-def build(plan: Plan, documents: Mapping[int, Document], *, micro_batch_size: int, completions: int, process: int = 0) -> Batch:
+def build(
+    plan: Plan, documents: Mapping[int, Document], *, micro_batch_size: int, completions: int, process: int = 0
+) -> Batch:
     """The rows of one process.
 
     Args:
@@ -156,7 +159,10 @@ def build(plan: Plan, documents: Mapping[int, Document], *, micro_batch_size: in
       numpy arrays; `present` covers all processes' completions.
     """
     micro = len(plan.places)
-    rows = {name: np.zeros((micro, plan.rows, plan.length), np.int32) for name in ("tokens", "positions", "documents", "branches")}
+    rows = {
+        name: np.zeros((micro, plan.rows, plan.length), np.int32)
+        for name in ("tokens", "positions", "documents", "branches")
+    }
     shape = (micro, plan.rows, plan.predictions)
     predictions = {name: np.zeros(shape, np.int32) for name in ("sources", "targets", "steps")}
     predictions["completions"] = np.full(shape, -1, np.int32)
@@ -218,7 +224,12 @@ def pieces_of(document: Document, share_prompt: bool) -> list[Piece]:
 
 
 def choose_length(
-    pieces: Sequence[Sequence[Piece]], micro_batch_size: int, *, attention_weight: float, multiple: int = 64, longest: int | None = None
+    pieces: Sequence[Sequence[Piece]],
+    micro_batch_size: int,
+    *,
+    attention_weight: float,
+    multiple: int = 64,
+    longest: int | None = None,
 ) -> int:
     """The row length that makes a set of examples cheapest to train on.
 
@@ -235,7 +246,8 @@ def choose_length(
     sizes = [[piece.size for piece in document] for document in pieces]
     longest = max([longest or 1, *(size for document in sizes for size in document)])
     shortest = -(-longest // multiple)
-    groups = [sum(sizes[i : i + micro_batch_size], []) for i in range(0, len(sizes), micro_batch_size)]
+    cuts = range(0, len(sizes), micro_batch_size)
+    groups = [list(itertools.chain.from_iterable(sizes[i : i + micro_batch_size])) for i in cuts]
 
     def cost(length: int) -> float:
         rows = sum(bucket(len(first_fit(group, length))) for group in groups)
@@ -271,7 +283,11 @@ def _lay_out(document: Document, branch: int, first_completion: int) -> dict:
         return _lay_out_trunk(document, first_completion)
     chosen = range(len(document.branches)) if branch < 0 else [branch]
     trunk = len(document.trunk)
-    parts: dict[str, list] = {"tokens": [document.trunk], "positions": [np.arange(trunk)], "branches": [np.zeros(trunk)]}
+    parts: dict[str, list] = {
+        "tokens": [document.trunk],
+        "positions": [np.arange(trunk)],
+        "branches": [np.zeros(trunk)],
+    }
     asked: dict[str, list] = {"sources": [], "targets": [], "completions": [], "steps": []}
     start = trunk
     for b in chosen:

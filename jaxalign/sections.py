@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxalign.data import DataConfig
-from jaxalign.models.transformer import DType, Remat
+from jaxalign.models.export import ExportDType
+from jaxalign.models.transformer import Remat
 from jaxalign.sharding import MeshConfig
 from jaxalign.training import optimizer
 
@@ -25,8 +26,8 @@ class ModelSection:
 
     path: str
     reference: str | None = None
-    param_dtype: DType = "float32"
-    compute_dtype: Literal["auto"] | DType = "auto"
+    param_dtype: ExportDType = "float32"
+    compute_dtype: Literal["auto"] | ExportDType = "auto"
     remat: Remat = "full"
 
 
@@ -106,7 +107,7 @@ class ExportSection:
       dtype: dtype of the exported tensors; None = that of the parameters.
     """
 
-    dtype: DType | None = None
+    dtype: ExportDType | None = None
 
 
 @dataclass(frozen=True)

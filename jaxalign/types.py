@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import numpy as np
 
 Array = jax.Array | np.ndarray
 Variables = dict[str, dict]
-PyTree = object
+PyTree = Any  # dicts, tuples and dataclasses of arrays, in any nesting
 
 
 @jax.tree_util.register_dataclass
@@ -84,7 +86,7 @@ class Batch:
     rows: TokenRows
     predictions: Predictions
     present: Array
-    fields: dict[str, Array] = field(default_factory=dict)
+    fields: Mapping[str, Array] = field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass
@@ -159,4 +161,4 @@ class Max:
 
 
 Metric = Mean | Min | Max
-Metrics = dict[str, Metric]
+Metrics = Mapping[str, Metric]

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.models import ModelConfig, Rope, build
+from jaxalign.models.transformer import DType
 
 VOCAB = 97
 
 
 def tiny_config(**changes) -> ModelConfig:
-    """A model whose numbers differ when anything is wrong: grouped heads, qk-norm, windows that bite, an untied head."""
+    """Numbers that differ when anything is wrong: grouped heads, qk-norm, windows that bite, an untied head."""
     settings = {
         "family": "qwen3",
         "vocab_size": VOCAB,
@@ -29,7 +30,7 @@ def tiny_config(**changes) -> ModelConfig:
     return ModelConfig(**{**settings, **changes})
 
 
-def tiny_model(seed: int = 0, *, dtype: str = "float32", spread: float = 10.0, **changes):
+def tiny_model(seed: int = 0, *, dtype: DType = "float32", spread: float = 10.0, **changes):
     """A model and variables with a logit spread of about 1 or more, norms and biases away from their defaults."""
     model = build(tiny_config(**changes), param_dtype=dtype, compute_dtype=dtype)
     variables = model.init(jax.random.key(seed))
@@ -50,7 +51,10 @@ def ragged_pairs(count: int, seed: int = 0, prompt: int = 40, completion: int = 
     def ids(longest):
         return rng.integers(1, VOCAB, 1 + int(longest * rng.random() ** 2)).astype(np.int32)
 
-    pairs = [{"prompt_ids": ids(prompt), "chosen_ids": ids(completion), "rejected_ids": ids(completion)} for _ in range(count)]
+    pairs = [
+        {"prompt_ids": ids(prompt), "chosen_ids": ids(completion), "rejected_ids": ids(completion)}
+        for _ in range(count)
+    ]
     pairs[0]["chosen_ids"] = pairs[0]["chosen_ids"][:1]
     return pairs
 

@@ -104,7 +104,7 @@ def test_files_and_overrides(tmp_path: Path):
         load_config(path, ["stages.ppo.method.beta=1"])
     with pytest.raises(ValueError, match=r"run\.yaml: train\.batch_sise: unknown key; did you mean 'batch_size'"):
         load_config(path, ["train.batch_sise=16"])
-    with pytest.raises(ValueError, match="written a.b=value"):
+    with pytest.raises(ValueError, match=r"written a\.b=value"):
         load_config(path, ["--batch_size"])
     with pytest.raises(FileNotFoundError, match="no such config"):
         load_config(tmp_path / "absent.yaml")

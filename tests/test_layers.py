@@ -27,7 +27,8 @@ ORDER = (
     ("config",),
     ("run",),
     ("planning", "verify", "report"),
-    ("cli", "__main__"),
+    ("cli",),
+    ("__main__",),
 )
 STAGES = {name: stage for stage, names in enumerate(ORDER) for name in names}
 ONLY = {"training": {"types", "sharding"}}

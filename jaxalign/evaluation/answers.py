@@ -51,7 +51,9 @@ def make_answer(
 def texts(tokenizer: Decoder, samples: Samples, stop: Sequence[str] = ()) -> list[str]:
     """Samples as text, special tokens and what follows a stop string removed."""
     tokens, lengths = np.asarray(samples.tokens), np.asarray(samples.lengths)
-    decoded = (tokenizer.decode(row[:n].tolist(), skip_special_tokens=True) for row, n in zip(tokens, lengths, strict=True))
+    decoded = (
+        tokenizer.decode(row[:n].tolist(), skip_special_tokens=True) for row, n in zip(tokens, lengths, strict=True)
+    )
     return [truncate_at(text, stop).strip() for text in decoded]
 
 

@@ -87,7 +87,7 @@ def hinge(logps: PreferenceLogps, *, beta: float, label_smoothing: float = 0.0) 
     return jax.nn.relu(1 - beta * _margin(logps))
 
 
-def _margin(logps: PreferenceLogps) -> jax.Array:
+def _margin(logps: PreferenceLogps) -> Array:
     chex.assert_equal_shape(list(logps))
     return logps.chosen_log_ratios - logps.rejected_log_ratios
 

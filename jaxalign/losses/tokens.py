@@ -58,7 +58,12 @@ def map_chunks(function: Callable, inputs, *, chunk: int):
 
 
 def token_statistics(
-    logits: Callable[[Array], Array], hidden: Array, predictions: Predictions, *, temperature: float = 1.0, chunk: int = 128
+    logits: Callable[[Array], Array],
+    hidden: Array,
+    predictions: Predictions,
+    *,
+    temperature: float = 1.0,
+    chunk: int = 128,
 ) -> TokenStatistics:
     """Statistics of each prediction; no `[rows, length, vocab]` array exists at any time.
 
@@ -88,7 +93,12 @@ def token_statistics(
 
 
 def token_logps(
-    logits: Callable[[Array], Array], hidden: Array, predictions: Predictions, *, temperature: float = 1.0, chunk: int = 128
+    logits: Callable[[Array], Array],
+    hidden: Array,
+    predictions: Predictions,
+    *,
+    temperature: float = 1.0,
+    chunk: int = 128,
 ) -> jax.Array:
     """Log-probabilities of the targets alone, float32 `[rows, predictions]`; arguments as `token_statistics`."""
     return token_statistics(logits, hidden, predictions, temperature=temperature, chunk=chunk).logps

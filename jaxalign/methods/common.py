@@ -31,7 +31,9 @@ def join_variables(params: Variables, frozen: Variables) -> Variables:
     return {**frozen, **params}
 
 
-def start(model: Model, variables: Variables, optimizer: optax.GradientTransformation, key: jax.Array) -> tuple[TrainState, Variables]:
+def start(
+    model: Model, variables: Variables, optimizer: optax.GradientTransformation, key: jax.Array
+) -> tuple[TrainState, Variables]:
     """The state at step 0 and the frozen variables; what the step donates is copied."""
     del model
     params, frozen = split_variables(variables)

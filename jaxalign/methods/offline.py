@@ -21,6 +21,9 @@ from jaxalign.types import Batch
 
 # How many micro-batches `choose_length` looks at: enough for a steady mean, few enough to take no time.
 SAMPLED_MICRO_BATCHES = 64
+# Time per FLOP of attention over that of the blocks' matrix products, which its softmax and its small products raise;
+# measured with SmolLM2 on CPU (`benchmarks/attention_cost.py`).
+ATTENTION_SLOWNESS = 2.5
 
 
 class ExampleList(Protocol):
@@ -138,8 +141,15 @@ def make_layout(
 
 
 def attention_weight(model: ModelConfig) -> float:
-    """FLOPs of one token attending to one key over those of one token in the blocks."""
-    return 2 * model.num_layers * model.num_heads * model.head_dim / count_params(model, embeddings=False)
+    """Cost of one token attending to one key over that of one token in the blocks."""
+    return (
+        ATTENTION_SLOWNESS
+        * 2
+        * model.num_layers
+        * model.num_heads
+        * model.head_dim
+        / count_params(model, embeddings=False)
+    )
 
 
 def make_batches(

@@ -18,7 +18,7 @@ from jaxalign.methods import common
 from jaxalign.models import Model
 from jaxalign.packing import Document
 from jaxalign.training.state import TrainState
-from jaxalign.training.step import LossFn, Step
+from jaxalign.training.step import LossFn, Step, Totals
 from jaxalign.training.step import make_step as make_training_step
 from jaxalign.types import Array, Batch, Metrics, Variables
 
@@ -75,7 +75,9 @@ def to_document(config: Config, example: common.Example) -> Document:
     branches = tuple(np.asarray(example[name], np.int32) for name in ("chosen_ids", "rejected_ids"))
     fields = {}
     if "ref_chosen_logps" in example:
-        fields["ref_logps"] = tuple(np.asarray(example[name], np.float32) for name in ("ref_chosen_logps", "ref_rejected_logps"))
+        fields["ref_logps"] = tuple(
+            np.asarray(example[name], np.float32) for name in ("ref_chosen_logps", "ref_rejected_logps")
+        )
     return Document(np.asarray(example["prompt_ids"], np.int32), branches, fields=fields)
 
 
@@ -84,18 +86,22 @@ def count_tokens(example: common.Example) -> int:
     return 2 * len(example["prompt_ids"]) + len(example["chosen_ids"]) + len(example["rejected_ids"])
 
 
-def totals(batch: Batch) -> dict[str, Array]:
+def totals(batch: Batch) -> Totals:
     """The loss's denominator: pairs of the global batch."""
     return {"loss": batch.present[..., 0::2].sum()}
 
 
 def make_loss(config: Config, model: Model) -> LossFn:
     """The loss of a micro-batch that carries `ref_logps`: the sum over its pairs / pairs of the global batch."""
-    preference_loss = partial(PREFERENCE_LOSSES[config.loss_type], beta=config.beta, label_smoothing=config.label_smoothing)
+    preference_loss = partial(
+        PREFERENCE_LOSSES[config.loss_type], beta=config.beta, label_smoothing=config.label_smoothing
+    )
 
-    def loss(params: Variables, frozen: Variables, batch: Batch, totals: dict[str, Array], key: jax.Array | None):
+    def loss(params: Variables, frozen: Variables, batch: Batch, totals: Totals, key: jax.Array | None):
         if "ref_logps" not in batch.fields:
-            raise ValueError("the batch has no ref_logps: fill it with make_reference, or give examples that carry them")
+            raise ValueError(
+                "the batch has no ref_logps: fill it with make_reference, or give examples that carry them"
+            )
         key = None if config.disable_dropout else key
         tokens = common.read(model, common.join_variables(params, frozen), batch, key, config.logits_chunk)
         completions, n = batch.predictions.completions, batch.present.shape[0]
@@ -131,7 +137,10 @@ def init(
 
 
 def make_step(
-    config: Config, model: Model, optimizer: optax.GradientTransformation, learning_rate: Callable[[Array], Array] | None = None
+    config: Config,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    learning_rate: Callable[[Array], Array] | None = None,
 ) -> Step:
     """`(state, frozen, batch) -> (state, metrics)`; jit it and donate the state."""
     return make_training_step(make_loss(config, model), totals, optimizer, learning_rate)

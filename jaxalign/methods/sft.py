@@ -16,7 +16,7 @@ from jaxalign.methods import common
 from jaxalign.models import Model
 from jaxalign.packing import Document
 from jaxalign.training.state import TrainState
-from jaxalign.training.step import LossFn, Step
+from jaxalign.training.step import LossFn, Step, Totals
 from jaxalign.training.step import make_step as make_training_step
 from jaxalign.types import Array, Batch, Variables
 
@@ -57,7 +57,7 @@ def count_tokens(example: common.Example) -> int:
     return len(example["input_ids"])
 
 
-def totals(batch: Batch) -> dict[str, Array]:
+def totals(batch: Batch) -> Totals:
     """The loss's denominator: targets of the global batch."""
     return {"loss": (batch.predictions.completions >= 0).sum()}
 
@@ -65,7 +65,7 @@ def totals(batch: Batch) -> dict[str, Array]:
 def make_loss(config: Config, model: Model) -> LossFn:
     """The loss of a micro-batch: `-sum log p(target) / targets of the global batch`."""
 
-    def loss(params: Variables, frozen: Variables, batch: Batch, totals: dict[str, Array], key: jax.Array | None):
+    def loss(params: Variables, frozen: Variables, batch: Batch, totals: Totals, key: jax.Array | None):
         key = None if config.disable_dropout else key
         tokens = common.read(model, common.join_variables(params, frozen), batch, key, config.logits_chunk)
         real = (batch.predictions.completions >= 0).astype(tokens.logps.dtype)
@@ -88,7 +88,10 @@ def init(
 
 
 def make_step(
-    config: Config, model: Model, optimizer: optax.GradientTransformation, learning_rate: Callable[[Array], Array] | None = None
+    config: Config,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    learning_rate: Callable[[Array], Array] | None = None,
 ) -> Step:
     """`(state, frozen, batch) -> (state, metrics)`; jit it and donate the state."""
     return make_training_step(make_loss(config, model), totals, optimizer, learning_rate)

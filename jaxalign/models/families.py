@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jaxalign.models.config import ModelConfig, Rope, locate
+from jaxalign.models.config import ModelConfig, locate
+from jaxalign.models.rope_windows import all_windowed, late_windowed, read_rope, write_late_windows, write_rope
 
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_new"}
 
 
@@ -65,7 +73,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """
     name = hf.get("model_type")
     if name not in FAMILIES:
-        raise ValueError(f"config.json: model_type {name!r} is not a known family; known: {', '.join(FAMILIES)}")
+        raise ValueError(f"config.json: {_unknown(name)}; known: {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     for key, only in family.refuses.items():
         if hf.get(key, only) != only:
@@ -80,7 +88,9 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
             value = default(hf) if callable(default) else default
         values[ours] = value
     if values["activation"] not in ACTIVATIONS:
-        raise ValueError(f"config.json: activation {values['activation']!r} is unknown; known: {', '.join(ACTIVATIONS)}")
+        raise ValueError(
+            f"config.json: activation {values['activation']!r} is unknown; known: {', '.join(ACTIVATIONS)}"
+        )
     values["activation"] = ACTIVATIONS[values["activation"]]
     values["windows"] = family.windows(hf, values["num_layers"])
     values |= {key: value(hf) if callable(value) else value for key, value in family.fixed.items()}
@@ -98,7 +108,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "model_type": config.family,
         "architectures": [family.architecture],
         **hf,
-        **(_write_rope(config) if config.rope else {}),
+        **({} if config.rope is None else write_rope(config.rope)),
         **family.write(config),
         **ids,
         "pad_token_id": config.pad_id,
@@ -123,6 +133,13 @@ def tensors(config: ModelConfig) -> list[Tensor]:
     return found
 
 
+def _unknown(name: Any) -> str:
+    if name is None:
+        return "model_type is missing"
+    near = difflib.get_close_matches(str(name), FAMILIES, 1, cutoff=0.0)
+    return f"model_type {name!r} is not a known family; the nearest by name is {near[0]!r}"
+
+
 def _exists(config: ModelConfig, path: tuple[str, ...]) -> bool:
     leaf = "/".join(path[-3:])
     if path[0] == "head":
@@ -142,68 +159,6 @@ def _token_ids(hf: Mapping[str, Any]) -> dict[str, Any]:
     eos = hf.get("eos_token_id")
     eos_ids = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
     return {"bos_id": hf.get("bos_token_id"), "eos_ids": eos_ids, "pad_id": hf.get("pad_token_id")}
-
-
-def _read_rope(default_theta: float) -> Callable[[Mapping], Rope]:
-    def read(hf: Mapping[str, Any]) -> Rope:
-        # transformers 5 keeps everything in rope_parameters, version 4 in rope_theta and rope_scaling.
-        rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-        kind = rope.get("rope_type", rope.get("type", "default")) or "default"
-        theta = float(rope.get("rope_theta") or hf.get("rope_theta") or default_theta)
-        if kind not in ("default", "linear", "llama3"):
-            raise ValueError(f"config.json: rope type {kind!r} is not supported; known: default, linear, llama3")
-        if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
-            raise ValueError("config.json: partial_rotary_factor other than 1.0 is not supported")
-        if kind == "default":
-            return Rope(theta)
-        if kind == "linear":
-            return Rope(theta, "linear", float(rope["factor"]))
-        original = rope.get("original_max_position_embeddings", hf.get("original_max_position_embeddings"))
-        if original is None:
-            raise ValueError("config.json: rope type 'llama3' needs original_max_position_embeddings")
-        return Rope(
-            theta, "llama3", float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), int(original)
-        )
-
-    return read
-
-
-def _write_rope(config: ModelConfig) -> dict[str, Any]:
-    rope = config.rope
-    scaling: dict[str, Any] = {"rope_type": rope.kind}
-    if rope.kind != "default":
-        scaling["factor"] = rope.factor
-    if rope.kind == "llama3":
-        scaling |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-        scaling |= {"original_max_position_embeddings": rope.original_max_position}
-    old = {"rope_theta": rope.theta, "rope_scaling": None if rope.kind == "default" else scaling}
-    return {**old, "rope_parameters": {**scaling, "rope_theta": rope.theta}}
-
-
-def _all_windowed(default: int | None) -> Callable[[Mapping, int], tuple[int | None, ...]]:
-    return lambda hf, layers: (hf.get("sliding_window", default),) * layers
-
-
-def _late_windowed(hf: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    window = hf.get("sliding_window") if hf.get("use_sliding_window", False) else None
-    if window is None:
-        return (None,) * layers
-    kinds = hf.get("layer_types")
-    if kinds:
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    first = hf.get("max_window_layers", 28)
-    return tuple(window if layer >= first else None for layer in range(layers))
-
-
-def _write_late_windows(config: ModelConfig) -> dict[str, Any]:
-    windowed = [window for window in config.windows if window is not None]
-    kinds = ["full_attention" if window is None else "sliding_attention" for window in config.windows]
-    return {
-        "use_sliding_window": bool(windowed),
-        "sliding_window": windowed[0] if windowed else None,
-        "max_window_layers": kinds.index("sliding_attention") if windowed else config.num_layers,
-        "layer_types": kinds,
-    }
 
 
 _LLAMA_KEYS = {
@@ -281,15 +236,15 @@ FAMILIES: dict[str, Family] = {
         architecture="LlamaForCausalLM",
         keys={**_LLAMA_KEYS, "qkv_bias": "attention_bias", "mlp_bias": "mlp_bias"},
         defaults={**_LLAMA_DEFAULTS, "qkv_bias": False, "mlp_bias": False},
-        fixed={"rope": _read_rope(10000.0), "output_bias": lambda hf: bool(hf.get("attention_bias"))},
+        fixed={"rope": read_rope(10000.0), "output_bias": lambda hf: bool(hf.get("attention_bias"))},
         names=_LLAMA_NAMES,
     ),
     "mistral": Family(
         architecture="MistralForCausalLM",
         keys=_LLAMA_KEYS,
         defaults={**_LLAMA_DEFAULTS, "num_kv_heads": 8},
-        fixed={"rope": _read_rope(10000.0)},
-        windows=_all_windowed(None),
+        fixed={"rope": read_rope(10000.0)},
+        windows=all_windowed(None),
         write=lambda config: {"sliding_window": config.windows[0]},
         names=_LLAMA_NAMES,
     ),
@@ -299,11 +254,11 @@ FAMILIES: dict[str, Family] = {
         defaults=_LLAMA_DEFAULTS,
         fixed={
             "head_dim": lambda hf: hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-            "rope": _read_rope(10000.0),
+            "rope": read_rope(10000.0),
             "qkv_bias": True,
         },
-        windows=_late_windowed,
-        write=_write_late_windows,
+        windows=late_windowed,
+        write=write_late_windows,
         names=_LLAMA_NAMES,
     ),
     "qwen3": Family(
@@ -311,12 +266,12 @@ FAMILIES: dict[str, Family] = {
         keys={**_LLAMA_KEYS, "qkv_bias": "attention_bias"},
         defaults={**_LLAMA_DEFAULTS, "head_dim": 128, "qkv_bias": False},
         fixed={
-            "rope": _read_rope(10000.0),
+            "rope": read_rope(10000.0),
             "qk_norm": True,
             "output_bias": lambda hf: bool(hf.get("attention_bias")),
         },
-        windows=_late_windowed,
-        write=_write_late_windows,
+        windows=late_windowed,
+        write=write_late_windows,
         names=_LLAMA_NAMES,
     ),
     "gpt2": Family(

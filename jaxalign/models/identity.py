@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from jaxalign.models.config import ModelConfig
-from jaxalign.models.pretrained import ALL_FILES, _locate
-
-
-class HasEos(Protocol):
-    """The part of a tokenizer that is needed here."""
-
-    @property
-    def eos_token_id(self) -> Any:
-        """Id of the token that ends a completion, or None."""
-        ...
+from jaxalign.models.pretrained import ALL_FILES, find_checkpoint
 
 
 def fingerprint(path: str | Path) -> str:
@@ -25,7 +16,7 @@ def fingerprint(path: str | Path) -> str:
     Raises:
       FileNotFoundError: there is no such checkpoint.
     """
-    local = _locate(path, ALL_FILES)
+    local = find_checkpoint(path, ALL_FILES)
     files = sorted([local / "config.json", *local.glob("*.safetensors")]) if local.is_dir() else [local]
     digest = hashlib.sha256()
     for file in files:
@@ -35,7 +26,7 @@ def fingerprint(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def end_ids(config: ModelConfig, tokenizer: HasEos) -> tuple[int, ...]:
-    """The ids that end a completion: the tokenizer's EOS, and those that the checkpoint names."""
+def end_ids(config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
+    """The ids that end a completion: the transformers tokenizer's EOS, and those that the checkpoint names."""
     known = [tokenizer.eos_token_id, *config.eos_ids]
     return tuple(dict.fromkeys(id for id in known if isinstance(id, int)))

@@ -63,7 +63,7 @@ def load(
       FileNotFoundError: there is no such checkpoint, or a file of it is missing.
       ValueError: an unknown family or setting; a tensor that is missing or of another shape; a file that is not whole.
     """
-    local = _locate(path, ALL_FILES)
+    local = find_checkpoint(path, ALL_FILES)
     source = _open_folder(local) if local.is_dir() else open_gguf(local)
     model = build(_config(local, source.config), param_dtype=param_dtype, compute_dtype=compute_dtype, remat=remat)
     shapes = jax.eval_shape(model.init, jax.random.key(0))["params"]
@@ -73,7 +73,7 @@ def load(
 
 def load_config(path: str | Path) -> ModelConfig:
     """Only the config of what `load` would load; no tensor is read (nor, from the Hub, fetched)."""
-    local = _locate(path, CONFIG_FILES)
+    local = find_checkpoint(path, CONFIG_FILES)
     return _config(local, _read_config(local) if local.is_dir() else open_gguf(local).config)
 
 
@@ -84,7 +84,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
       FileNotFoundError: there is no such checkpoint.
       ValueError: a GGUF file whose kind of tokenizer we do not know.
     """
-    local = _locate(path, TOKENIZER_FILES)
+    local = find_checkpoint(path, TOKENIZER_FILES)
     if local.is_dir():
         return AutoTokenizer.from_pretrained(local)
     rebuilt = rebuild_tokenizer(open_gguf(local).metadata)
@@ -128,7 +128,7 @@ class Folder:
             return file.get_slice(self.stored[name])[index]
 
 
-def _locate(path: str | Path, files: list[str]) -> Path:
+def find_checkpoint(path: str | Path, files: list[str]) -> Path:
     """The local folder or GGUF file behind a path or a Hub name; from the Hub come only these files."""
     local = Path(path)
     if local.is_file():

@@ -12,9 +12,11 @@ from jaxalign import models
 from jaxalign.config import RunConfig, Stage, read_config_text
 from jaxalign.evaluation import Comparison, Side
 from jaxalign.run.compare import check_prompts, compare
+from jaxalign.run.evaluate import evaluate_stage
 from jaxalign.run.folder import describe_backend, locked, open_folder, write_manifest, write_text
+from jaxalign.run.inputs import Say
 from jaxalign.run.prepare import Prepared, check_data, prepare, resolve_dtype
-from jaxalign.run.stage import MakeProgress, Say, StageResult, evaluate_stage, finished, run_stage
+from jaxalign.run.stage import MakeProgress, StageResult, finished, run_stage
 
 __all__ = [
     "Prepared",
@@ -45,7 +47,9 @@ class RunResult:
     comparison: Comparison | None
 
 
-def run(config: RunConfig, *, fresh: bool = False, say: Say = lambda line: None, make_progress: MakeProgress | None = None) -> RunResult:
+def run(
+    config: RunConfig, *, fresh: bool = False, say: Say = lambda line: None, make_progress: MakeProgress | None = None
+) -> RunResult:
     """Trains every stage, or continues where the run stopped.
 
     Args:
@@ -145,7 +149,9 @@ def exported(path: str) -> str:
     folder = Path(path)
     if (folder / "config.json").is_file() or not (folder / "config.yaml").is_file():
         return path
-    names = [stage.get("name", "") for stage in read_config_text((folder / "config.yaml").read_text()).get("stages", [])]
+    names = [
+        stage.get("name", "") for stage in read_config_text((folder / "config.yaml").read_text()).get("stages", [])
+    ]
     export = folder / (names[-1] if names else "") / "export"
     if not export.is_dir():
         raise FileNotFoundError(f"{export}: this run has not come to its end; run it again to continue it")

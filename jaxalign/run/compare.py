@@ -42,7 +42,9 @@ def _side(section: CompareSection, path: str, settings: data.DataConfig, rows: l
     tokenizer = models.load_tokenizer(path)
     examples = data.load(settings, tokenizer, "prompt").train
     model, variables = models.load(path, compute_dtype=resolve_dtype("auto"))
-    config = Config(temperature=0, max_new_tokens=section.max_new_tokens, eos_ids=models.end_ids(model.config, tokenizer))
+    config = Config(
+        temperature=0, max_new_tokens=section.max_new_tokens, eos_ids=models.end_ids(model.config, tokenizer)
+    )
     answer = make_answer(model, tokenizer, config, batch_size=section.batch_size)
     texts = answer(variables, [examples[i]["prompt_ids"].tolist() for i in range(len(examples))])
     return judge(texts, section.rules, [row.get("keywords") for row in rows])

@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,18 @@ import jax
 
 from jaxalign.config import RunConfig, config_text, difference, read_config_text
 
-PACKAGES = ("jaxalign", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "datasets", "numpy")
+PACKAGES = (
+    "jaxalign",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "transformers",
+    "datasets",
+    "numpy",
+)
 
 
 def open_folder(config: RunConfig, *, fresh: bool = False) -> tuple[Path, bool]:
@@ -46,7 +57,9 @@ def open_folder(config: RunConfig, *, fresh: bool = False) -> tuple[Path, bool]:
             raise ValueError(f"{folder} exists and holds no run (there is no config.yaml in it): choose another `name`")
         changes = difference(read_config_text(kept.read_text()) or {}, config.resolved)
         if changes:
-            shown = "".join(f"\n  {line}" for line in changes[:8]) + (f"\n  and {len(changes) - 8} more" if len(changes) > 8 else "")
+            shown = "".join(f"\n  {line}" for line in changes[:8]) + (
+                f"\n  and {len(changes) - 8} more" if len(changes) > 8 else ""
+            )
             raise ValueError(f"{folder} holds another run; give --fresh, or another `name`. It differs in:{shown}")
         check_writable(folder)
         return folder, True
@@ -96,23 +109,30 @@ def write_manifest(folder: Path, config: RunConfig, **facts: Any) -> None:
 def describe_backend() -> str:
     """Which backend computes, and why that one."""
     devices = jax.devices()
-    kind = f"{len(devices)} × {devices[0].device_kind}" if devices[0].device_kind != "cpu" else f"{len(devices)} CPU device(s)"
-    forced = jax.config.jax_platforms
+    kind = (
+        f"{len(devices)} × {devices[0].device_kind}"
+        if devices[0].device_kind != "cpu"
+        else f"{len(devices)} CPU device(s)"
+    )
+    forced = jax.config.values["jax_platforms"]
     if devices[0].platform != "cpu":
         why = f"chosen by jax_platforms={forced}" if forced else "the first accelerator that jax found"
     elif forced:
         why = f"chosen by jax_platforms={forced}"
     else:
-        why = "jax has no GPU or TPU plugin here, or found no such device; pip install 'jaxalign[cuda]' on a machine with an NVIDIA GPU"
+        why = "jax has no GPU or TPU plugin here, or found no such device; on a machine with an NVIDIA GPU:"
+        why += " pip install 'jaxalign[cuda]'"
     return f"{devices[0].platform}: {kind} ({why})"
 
 
 def _first(config: RunConfig) -> dict[str, Any]:
     device = jax.devices()[0]
     return {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in PACKAGES}},
-        "seeds": {stage.name or config.name: {"train": stage.train.seed, "data": stage.data.seed} for stage in config.stages},
+        "seeds": {
+            stage.name or config.name: {"train": stage.train.seed, "data": stage.data.seed} for stage in config.stages
+        },
         "hardware": {
             "platform": device.platform,
             "device": device.device_kind,
@@ -135,7 +155,7 @@ def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 
 def _occupied(folder: Path) -> bool:
     with _naming(folder):
-        return folder.is_dir() and any(folder.iterdir()) or folder.is_file()
+        return any(folder.iterdir()) if folder.is_dir() else folder.is_file()
 
 
 @contextlib.contextmanager
@@ -143,4 +163,6 @@ def _naming(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, f"cannot write the run's folder: {error.strerror}; choose another runs_dir", str(folder)) from error
+        raise OSError(
+            error.errno, f"cannot write the run's folder: {error.strerror}; choose another runs_dir", str(folder)
+        ) from error

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-# Dense bfloat16 FLOP/s of one device, from the makers' data sheets; the first name that the device kind contains counts.
+# Dense bfloat16 FLOP/s of one device, from the makers' data sheets; the first name within the device kind counts.
 PEAK_BF16 = (
     ("TPU v6", 918e12),
     ("TPU v5p", 459e12),

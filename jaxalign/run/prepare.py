@@ -56,7 +56,9 @@ def prepare(stage: Stage) -> Prepared:
     """
     method, mesh, config = METHODS[stage.method_name], make_mesh(stage.mesh), models.load_config(stage.model.path)
     if stage.data.max_length > config.max_position:
-        raise ValueError(f"data.max_length={stage.data.max_length} exceeds the model's context of {config.max_position}")
+        raise ValueError(
+            f"data.max_length={stage.data.max_length} exceeds the model's context of {config.max_position}"
+        )
     found = data.load(stage.data, models.load_tokenizer(stage.model.path), method.KIND)
     layout = _layout(stage, [each for each in (found.train, found.eval) if each is not None], config, mesh)
     model = models.build(

@@ -6,30 +6,29 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxalign import data, evaluation, models, sampling
+from jaxalign import evaluation, models, sampling
 from jaxalign.config import Stage
-from jaxalign.methods import METHODS
-from jaxalign.methods.common import join_variables, make_eval_step, split_variables
+from jaxalign.methods.common import join_variables, split_variables
 from jaxalign.methods.offline import ExampleList, OfflineSource, make_batches
-from jaxalign.methods.reference import cache_key, precompute
 from jaxalign.models.config import forward_flops
+from jaxalign.run.evaluate import make_evaluate
 from jaxalign.run.hardware import peak_flops
-from jaxalign.run.prepare import Prepared, prepare, resolve_dtype
+from jaxalign.run.inputs import Examples, Say, attach_reference, load_policy
+from jaxalign.run.prepare import Prepared, resolve_dtype
 from jaxalign.sharding import param_shardings
 from jaxalign.training import loop
 from jaxalign.training.checkpoint import Checkpoints
 from jaxalign.training.metrics import Interval, JsonLines, open_writers
 from jaxalign.training.optimizer import make_optimizer
-from jaxalign.types import Batch, Variables
+from jaxalign.types import Variables
 
-Say = Callable[[str], None]
 Progress = Callable[[int, Mapping[str, float]], None]
 # (number of steps, steps done before, the stage's title) -> what `fit` calls after every step.
 MakeProgress = Callable[[int, int, str], AbstractContextManager[Progress]]
@@ -54,21 +53,6 @@ class StageResult:
     metrics: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Examples:
-    """Training and evaluation examples as the loss wants them, and what fills a batch on the devices.
-
-    Attributes:
-      train: the training examples.
-      eval: the evaluation examples, or None.
-      fill: adds the reference's log-probs to a batch; None where the examples carry them or nothing needs them.
-    """
-
-    train: ExampleList
-    eval: ExampleList | None
-    fill: Callable[[Batch], Batch] | None
-
-
 def run_stage(ready: Prepared, folder: Path, *, say: Say, make_progress: MakeProgress | None = None) -> StageResult:
     """Trains a stage, or continues it, and exports its policy.
 
@@ -82,8 +66,8 @@ def run_stage(ready: Prepared, folder: Path, *, say: Say, make_progress: MakePro
     title = stage.name or stage.method_name
     for line in ready.data.report.lines():
         say(f"{title}: {line}")
-    dtype, rows = resolve_dtype(stage.model.compute_dtype), ready.layout.length
-    say(f"{title}: {ready.num_steps} steps of {stage.train.batch_size} examples in rows of {rows} tokens, computed in {dtype}")
+    shape = f"{ready.num_steps} steps of {stage.train.batch_size} examples in rows of {ready.layout.length} tokens"
+    say(f"{title}: {shape}, computed in {resolve_dtype(stage.model.compute_dtype)}")
     with Checkpoints(folder / "checkpoints", save_total_limit=stage.train.save_total_limit) as checkpoints:
         result = _train(ready, folder, checkpoints, say, make_progress)
     if result.reason == "terminated":
@@ -110,84 +94,12 @@ def finished(stage: Stage, folder: Path) -> StageResult | None:
     return StageResult(stage.name, folder, export, "done before", last_metrics(folder))
 
 
-def evaluate_stage(stage: Stage, path: str | None, *, say: Say) -> dict[str, float]:
-    """Loss and metrics of a stage's method on its evaluation data (else its training data), before any training.
-
-    Args:
-      stage: the config, its inputs resolved to paths.
-      path: the policy to judge; the stage's own start by default. The reference stays the stage's.
-      say: takes lines for the user.
-    """
-    if METHODS[stage.method_name].NEEDS_REFERENCE:
-        stage = replace(stage, method=replace(stage.method, precompute_ref_log_probs=False))
-    ready = prepare(stage)
-    start = load_policy(ready, stage.model.path)
-    policy = start if path is None else load_policy(ready, path)
-    examples = attach_reference(ready, Path(), start, say)
-    judged, lookup = ready.data.train, examples.train
-    if ready.data.eval is not None and examples.eval is not None:
-        judged, lookup = ready.data.eval, examples.eval
-    params, frozen = split_variables(policy)
-    return Interval().add(make_evaluate(ready, lookup, judged, examples.fill)(params, frozen)).values()
-
-
 def last_metrics(folder: Path) -> dict[str, float]:
     """The latest value of every metric in a stage's metrics.jsonl."""
     path, latest = folder / "metrics.jsonl", {}
     for line in path.read_text().splitlines() if path.is_file() else ():
         latest.update(json.loads(line))
     return latest
-
-
-def load_policy(ready: Prepared, path: str) -> Variables:
-    """Parameters on the mesh, in the stage's dtype."""
-    return models.load(path, mesh=ready.mesh, param_dtype=ready.stage.model.param_dtype)[1]
-
-
-def make_evaluate(ready: Prepared, lookup: ExampleList, examples: data.Examples, fill) -> Callable[..., dict[str, Any]]:
-    """`(params, frozen) -> metrics` over a data set: means over all its examples, not over batches.
-
-    Args:
-      ready: the stage.
-      lookup: the examples as the loss wants them.
-      examples: the same, as counted and measured.
-      fill: see `Examples`.
-    """
-    step = jax.jit(make_eval_step(ready.method, ready.stage.method, ready.model))
-
-    def evaluate(params: Variables, frozen: Variables) -> dict[str, Any]:
-        merged = Interval()
-        batches = make_batches(ready.method, ready.stage.method, examples, ready.layout, lookup=lookup, shuffle=False)
-        source = OfflineSource(batches, ready.mesh, fill)
-        try:
-            for _ in range(len(batches)):
-                merged = merged.add(step(params, frozen, source.next(None)[0]))
-        finally:
-            source.close()
-        return dict(merged.parts)
-
-    return evaluate
-
-
-def attach_reference(ready: Prepared, folder: Path, variables: Variables, say: Say) -> Examples:
-    """The examples, with what their loss needs of a reference (the policy's start, or `model.reference`)."""
-    train, held_out, stage = ready.data.train, ready.data.eval, ready.stage
-    if not ready.method.NEEDS_REFERENCE:
-        return Examples(train, held_out, None)
-    path = stage.model.reference or stage.model.path
-    reference = variables if path == stage.model.path else load_policy(ready, path)
-    fill = partial(jax.jit(ready.method.make_reference(stage.method, ready.model)), reference)
-    if not stage.method.precompute_ref_log_probs:
-        return Examples(train, held_out, fill)
-    dtypes = f"{stage.model.param_dtype} {resolve_dtype(stage.model.compute_dtype)}"
-    fingerprint = f"{models.fingerprint(path)} {dtypes}"
-
-    def attach(examples: data.Examples) -> ExampleList:
-        where = folder / "reference" / f"{cache_key(examples, fingerprint)}.npy"
-        say(f"reference log-probs: {'read from' if where.is_file() else 'computed into'} {where}")
-        return precompute(ready.method, stage.method, examples, ready.layout, ready.mesh, fill, where)
-
-    return Examples(attach(train), None if held_out is None else attach(held_out), None)
 
 
 def _train(
@@ -269,7 +181,9 @@ def _loop_config(ready: Prepared) -> loop.Config:
     train, log, examples = ready.stage.train, ready.stage.log, ready.data.train
     per_epoch = math.ceil(len(examples) / train.batch_size)
     tokens = float(examples.lengths["total"].mean()) * train.batch_size
-    pass_flops = forward_flops(ready.model.config, int(tokens), int(tokens * examples.lengths["total"].mean() / 2), int(tokens))
+    pass_flops = forward_flops(
+        ready.model.config, int(tokens), int(tokens * examples.lengths["total"].mean() / 2), int(tokens)
+    )
     watched = ready.data.eval is not None
     return loop.Config(
         num_steps=ready.num_steps,

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-Schedule = Callable[[jax.Array | int], jax.Array]
+from jaxalign.types import Array
+
+Schedule = Callable[[Array | int], jax.Array]
 
 UNDECAYED = ("scale", "bias")
 
@@ -88,7 +90,7 @@ def make_schedule(config: Config, num_steps: int) -> Schedule:
     decay = SCHEDULES[config.lr_scheduler_type]
     rest = max(1, num_steps - warmup)
 
-    def schedule(count: jax.Array | int) -> jax.Array:
+    def schedule(count: Array | int) -> jax.Array:
         count = jnp.asarray(count, jnp.float32)
         left = jnp.clip((num_steps - count) / rest, 0.0, 1.0)
         factor = jnp.where(count < warmup, count / max(1, warmup), decay(left))

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxalign.training.state import TrainState
-from jaxalign.types import Array, Batch, Max, Mean, Metrics, Min, PyTree
+from jaxalign.types import Array, Batch, Max, Mean, Metric, Metrics, Min, PyTree
 
-LossFn = Callable[[PyTree, PyTree, Batch, dict[str, Array], jax.Array | None], tuple[jax.Array, Metrics]]
-TotalsFn = Callable[[Batch], dict[str, Array]]
+Totals = Mapping[str, Array]
+LossFn = Callable[[PyTree, PyTree, Batch, Totals, jax.Array | None], tuple[jax.Array, Metrics]]
+TotalsFn = Callable[[Batch], Totals]
 Step = Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]
 
 
 def make_step(
-    loss: LossFn, totals: TotalsFn, optimizer: optax.GradientTransformation, learning_rate: Callable[[Array], Array] | None = None
+    loss: LossFn,
+    totals: TotalsFn,
+    optimizer: optax.GradientTransformation,
+    learning_rate: Callable[[Array], Array] | None = None,
 ) -> Step:
     """A pure step: gradients are summed over micro-batches by `lax.scan`, then applied once.
 
@@ -34,7 +38,9 @@ def make_step(
     """
 
     def step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, metrics = accumulate(loss, totals(batch), state.params, frozen, batch, jax.random.fold_in(state.key, state.step))
+        grads, metrics = accumulate(
+            loss, totals(batch), state.params, frozen, batch, jax.random.fold_in(state.key, state.step)
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {**metrics, "grad_norm": _once(optax.tree.norm(grads))}
@@ -46,7 +52,7 @@ def make_step(
 
 
 def accumulate(
-    loss: LossFn, totals: dict[str, Array], params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array
+    loss: LossFn, totals: Totals, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array
 ) -> tuple[PyTree, Metrics]:
     """The gradient of the summed loss and its metrics, one micro-batch at a time.
 
@@ -59,39 +65,42 @@ def accumulate(
     def one(total, part):
         number, micro_batch = part
         (value, metrics), grads = gradient(params, frozen, micro_batch, totals, jax.random.fold_in(key, number))
-        return jax.tree.map(lambda a, g: a + g.astype(a.dtype), total, grads), {**metrics, "loss": Mean(value, jnp.zeros(()))}
+        return jax.tree.map(lambda a, g: a + g.astype(a.dtype), total, grads), (value, metrics)
 
     count = batch.present.shape[0]
     if count == 1:
         # A scan of one would still keep a second copy of the gradients.
-        (value, metrics), summed = gradient(params, frozen, jax.tree.map(lambda x: x[0], batch), totals, jax.random.fold_in(key, 0))
-        merged: Metrics = {**metrics, "loss": Mean(value, jnp.zeros(()))}
+        only = jax.tree.map(lambda x: x[0], batch)
+        (value, metrics), summed = gradient(params, frozen, only, totals, jax.random.fold_in(key, 0))
     else:
-        summed, stacked = jax.lax.scan(one, wide, (jnp.arange(count), batch))
-        merged = {name: merge_stacked(metric) for name, metric in stacked.items()}
-    merged["loss"] = _once(merged["loss"].total)
-    return jax.tree.map(lambda g, p: g.astype(p.dtype), summed, params), merged
+        summed, (values, stacked) = jax.lax.scan(one, wide, (jnp.arange(count), batch))
+        value, metrics = values.sum(0), merge_stacked(stacked)
+    return jax.tree.map(lambda g, p: g.astype(p.dtype), summed, params), {**metrics, "loss": _once(value)}
 
 
 def evaluate(loss: LossFn, totals: TotalsFn, params: PyTree, frozen: PyTree, batch: Batch) -> Metrics:
-    """Loss and metrics of a batch without gradients or noise; `loss` is a mean weighted by the batch's `totals["loss"]`."""
+    """Loss and metrics of a batch without gradients or noise.
+
+    `loss` is a mean weighted by the batch's `totals["loss"]`: those of several batches merge to that of all together.
+    """
     counts = totals(batch)
 
     def one(_, micro_batch):
-        value, metrics = loss(params, frozen, micro_batch, counts, None)
-        return None, {**metrics, "loss": Mean(value, jnp.zeros(()))}
+        return None, loss(params, frozen, micro_batch, counts, None)
 
-    _, stacked = jax.lax.scan(one, None, batch)
-    merged = {name: merge_stacked(metric) for name, metric in stacked.items()}
-    merged["loss"] = Mean(merged["loss"].total * counts["loss"], counts["loss"])
-    return merged
+    _, (values, stacked) = jax.lax.scan(one, None, batch)
+    return {**merge_stacked(stacked), "loss": Mean(values.sum(0) * counts["loss"], counts["loss"])}
 
 
-def merge_stacked(metric):
-    """Merges a metric whose leaves carry a leading axis of parts."""
+def merge_stacked(metrics: Metrics) -> Metrics:
+    """Merges metrics whose leaves carry a leading axis of parts."""
+    return {name: _merge_stacked(metric) for name, metric in metrics.items()}
+
+
+def _merge_stacked(metric: Metric) -> Metric:
     if isinstance(metric, Mean):
-        return Mean(metric.total.sum(0), metric.weight.sum(0))
-    return Min(metric.least.min(0)) if isinstance(metric, Min) else Max(metric.most.max(0))
+        return Mean(jnp.sum(metric.total, 0), jnp.sum(metric.weight, 0))
+    return Min(jnp.min(metric.least, 0)) if isinstance(metric, Min) else Max(jnp.max(metric.most, 0))
 
 
 def _once(value: Array) -> Mean:

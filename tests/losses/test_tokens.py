@@ -69,7 +69,9 @@ def test_the_gradient_is_that_of_the_whole_array(case):
 def test_only_logps_carry_a_gradient(case):
     hidden, head, predictions = case
     for name in ("entropy", "hits", "mean_logits"):
-        grad = jax.grad(lambda h, name=name: getattr(token_statistics(lambda x: x @ head, h, predictions), name).sum())(hidden)
+        grad = jax.grad(lambda h, name=name: getattr(token_statistics(lambda x: x @ head, h, predictions), name).sum())(
+            hidden
+        )
         assert not np.asarray(grad).any(), name
 
 

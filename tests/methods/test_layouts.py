@@ -1,5 +1,7 @@
 """Guarantee 2: how a batch is laid out never changes its loss or gradient beyond rounding."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from tests.layouts import ragged_pairs, ragged_texts, relative, tiny_model
 
 COUNT = 7  # not a multiple of any micro-batch size but 1 and 7
 SPLITS = [{"micro_batch_size": 1}, {"micro_batch_size": 2}, {"micro_batch_size": 4}, {"micro_batch_size": 8}]
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "1x8": {"micro_batch_size": 8},
     "2x4": {"micro_batch_size": 4},
     "8x1": {"micro_batch_size": 1},
@@ -24,8 +26,10 @@ MESHES = {"8x1x1": MeshConfig(8, 1, 1), "1x8x1": MeshConfig(1, 8, 1), "2x2x2": M
 
 def gradient(method, config, model, variables, batch):
     def compute(params, batch):
-        grads, metrics = accumulate(method.make_loss(config, model), method.totals(batch), params, {}, batch, jax.random.key(0))
-        return grads, {name: (metric.total, metric.weight) for name, metric in metrics.items()}
+        grads, metrics = accumulate(
+            method.make_loss(config, model), method.totals(batch), params, {}, batch, jax.random.key(0)
+        )
+        return grads, {name: jax.tree.leaves(metric) for name, metric in metrics.items()}
 
     return jax.jit(compute)({"params": variables["params"]}, batch)
 

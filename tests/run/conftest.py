@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from jaxalign.models import ModelConfig, Rope, build, save
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = "the cat sat on a mat and looked at seven small birds that flew over an old house near the river".split()
+TEXT = "the cat sat on a mat and looked at seven small birds that flew over an old house near the river"
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -26,18 +26,21 @@ CHATML = (
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """A Hugging Face folder: two llama layers with a spread of logits, a byte-level BPE tokenizer, a ChatML template."""
+    """A Hugging Face folder: two llama layers with a spread of logits, a byte-level tokenizer, a ChatML template."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(
-        [" ".join(WORDS)] * 3, trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        [TEXT] * 3,
+        trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
     tokenizer.chat_template = CHATML
-    config = ModelConfig("llama", 320, 48, 2, 4, 2, 12, 96, 256, rope=Rope(), windows=(None, None), tie_embeddings=True, eos_ids=(2,))
+    config = ModelConfig(
+        "llama", 320, 48, 2, 4, 2, 12, 96, 256, rope=Rope(), windows=(None, None), tie_embeddings=True, eos_ids=(2,)
+    )
     model = build(config)
     variables = jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim > 2 else leaf, model.init(jax.random.key(3)))
     return save(tmp_path_factory.mktemp("models") / "tiny", model, variables, tokenizer)
@@ -49,7 +52,7 @@ def pairs(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
 
     def text(low, high):
-        return " ".join(rng.choice(WORDS, rng.integers(low, high)))
+        return " ".join(rng.choice(TEXT.split(), rng.integers(low, high)))
 
     rows = [
         {
@@ -96,7 +99,13 @@ def write_config(tmp_path) -> Callable[[dict], Path]:
 def cli(tmp_path_factory) -> Callable[..., subprocess.Popen]:
     """Starts `jaxalign` in a process of its own, one CPU device, compiled programs kept between processes."""
     cache = tmp_path_factory.mktemp("cache")
-    environment = {**os.environ, "XLA_FLAGS": "", "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "XDG_CACHE_HOME": str(cache),
+        "PYTHONPATH": str(ROOT),
+        "COLUMNS": "200",
+    }
 
     def start(*arguments: str | Path, **changes: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "jaxalign", *map(str, arguments)]

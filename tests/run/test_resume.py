@@ -102,7 +102,9 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(settings, w
     for path in (folder / "export").iterdir():
         path.unlink()
     (folder / "export").rmdir()
-    victim = max((folder / "checkpoints" / "9").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    victim = max(
+        (folder / "checkpoints" / "9").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0
+    )
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 4
     victim.write_bytes(content)

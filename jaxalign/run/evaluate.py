@@ -1,0 +1,68 @@
+"""A method's loss and metrics on a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxalign import data
+from jaxalign.config import Stage
+from jaxalign.methods import METHODS
+from jaxalign.methods.common import make_eval_step, split_variables
+from jaxalign.methods.offline import ExampleList, OfflineSource, make_batches
+from jaxalign.run.inputs import Say, attach_reference, load_policy
+from jaxalign.run.prepare import Prepared, prepare
+from jaxalign.training.metrics import Interval
+from jaxalign.types import Batch, Variables
+
+
+def evaluate_stage(stage: Stage, path: str | None, *, say: Say) -> dict[str, float]:
+    """Loss and metrics of a stage's method on its evaluation data (else its training data), before any training.
+
+    Args:
+      stage: the config, its inputs resolved to paths.
+      path: the policy to judge; the stage's own start by default. The reference stays the stage's.
+      say: takes lines for the user.
+    """
+    if METHODS[stage.method_name].NEEDS_REFERENCE:
+        stage = replace(stage, method=replace(stage.method, precompute_ref_log_probs=False))
+    ready = prepare(stage)
+    start = load_policy(ready, stage.model.path)
+    policy = start if path is None else load_policy(ready, path)
+    examples = attach_reference(ready, Path(), start, say)
+    judged, lookup = ready.data.train, examples.train
+    if ready.data.eval is not None and examples.eval is not None:
+        judged, lookup = ready.data.eval, examples.eval
+    params, frozen = split_variables(policy)
+    return Interval().add(make_evaluate(ready, lookup, judged, examples.fill)(params, frozen)).values()
+
+
+def make_evaluate(
+    ready: Prepared, lookup: ExampleList, examples: data.Examples, fill: Callable[[Batch], Batch] | None
+) -> Callable[..., dict[str, Any]]:
+    """`(params, frozen) -> metrics` over a data set: means over all its examples, not over batches.
+
+    Args:
+      ready: the stage.
+      lookup: the examples as the loss wants them.
+      examples: the same, as counted and measured.
+      fill: see `Examples`.
+    """
+    step = jax.jit(make_eval_step(ready.method, ready.stage.method, ready.model))
+
+    def evaluate(params: Variables, frozen: Variables) -> dict[str, Any]:
+        merged = Interval()
+        batches = make_batches(ready.method, ready.stage.method, examples, ready.layout, lookup=lookup, shuffle=False)
+        source = OfflineSource(batches, ready.mesh, fill)
+        try:
+            for _ in range(len(batches)):
+                merged = merged.add(step(params, frozen, source.next(None)[0]))
+        finally:
+            source.close()
+        return dict(merged.parts)
+
+    return evaluate

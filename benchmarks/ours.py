@@ -14,11 +14,13 @@ import numpy as np
 import jaxalign
 from jaxalign import packing
 from jaxalign.methods import preference, sft
+from jaxalign.methods.offline import attention_weight
 from jaxalign.models import Model
 from jaxalign.models.attention import rows_mask
+from jaxalign.models.config import forward_flops
 from jaxalign.models.pretrained import load
 from jaxalign.training import optimizer as optimizers
-from jaxalign.types import Batch, Variables
+from jaxalign.types import Batch
 
 
 def parse():
@@ -51,38 +53,22 @@ def examples(task: str, batch: list[cases.Pair]) -> list[dict[str, Any]]:
     ]
 
 
-def block_weights(variables: Variables) -> int:
-    """Entries of the blocks' matrices: each costs one multiplication and addition per token."""
-    leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
-    inside = [leaf.size for path, leaf in leaves if "segment" in str(path) and "kernel" in str(path)]
-    return sum(inside)
-
-
-def attention_width(model: Model) -> int:
-    """Query heads times their width, summed over layers."""
-    return model.config.num_layers * model.config.num_heads * model.config.head_dim
-
-
-def row_length(method, config, model: Model, variables: Variables, rows: list[dict[str, Any]], batch_size: int) -> int:
-    """The row length at which these examples cost least."""
+def row_length(method, config, model: Model, rows: list[dict[str, Any]], batch_size: int) -> int:
+    """The row length that a run on CPU would take for these examples."""
     share = getattr(config, "share_prompt", True)
     pieces = [packing.pieces_of(method.to_document(config, row), share) for row in rows]
-    weight = 2 * attention_width(model) / block_weights(variables)
-    return packing.choose_length(pieces, batch_size, attention_weight=weight)
+    return packing.choose_length(pieces, batch_size, attention_weight=attention_weight(model.config), multiple=32)
 
 
-def least_flops(task: str, model: Model, variables: Variables, batch: Batch) -> float:
+def least_flops(task: str, model: Model, batch: Batch) -> float:
     """Operations that no implementation of a step on these packed tokens can leave out.
 
-    Forward: two per block weight and token, two per head weight and prediction, four per attended pair and head
-    width; the backward pass is twice that, the reference's pass once. No recomputation, no optimiser.
+    The backward pass is twice the forward one, the reference's pass once. No recomputation, no optimiser.
     """
     tokens = int((np.asarray(batch.rows.documents) > 0).sum())
     asked = int((np.asarray(batch.predictions.completions) >= 0).sum())
     attended = int(jax.vmap(lambda rows: rows_mask(rows, None))(batch.rows).sum())
-    head = model.config.embed_dim * model.config.vocab_size
-    forward = 2 * block_weights(variables) * tokens + 2 * head * asked + 4 * attention_width(model) * attended
-    return forward * (4.0 if task == "dpo" else 3.0)
+    return forward_flops(model.config, tokens, attended, asked) * (4.0 if task == "dpo" else 3.0)
 
 
 def matmul_rate(dtype: str) -> float:
@@ -130,9 +116,12 @@ def main() -> None:
     state, frozen = method.init(config, model, variables, optimizer, jax.random.key(0))
     rows = [examples(args.task, batch) for batch in batches]
     every = [row for batch in rows for row in batch]
-    length = args.length or row_length(method, config, model, variables, every, args.batch_size)
+    length = args.length or row_length(method, config, model, every, args.batch_size)
     step = Compiled(jax.jit(method.make_step(config, model, optimizer, schedule), donate_argnums=0))
     reference = Compiled(jax.jit(preference.make_reference(config, model))) if args.task == "dpo" else None
+
+    if reference is None:
+        del variables
 
     packed = [method.make_batch(config, batch, length=length) for batch in rows]
     for batch in packed:
@@ -154,7 +143,7 @@ def main() -> None:
 
     peak = cases.peak_memory_mib()
     rate = matmul_rate(args.dtype)
-    flops = [least_flops(args.task, model, variables, batch) for batch in packed]
+    flops = [least_flops(args.task, model, batch) for batch in packed]
     cases.report(
         args,
         batches,

@@ -44,6 +44,9 @@ def main() -> None:
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
     )
+    # A save that failed is raised by the run; Orbax would print it here once more, as a traceback.
+    for name in ("concurrent.futures", "absl"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         app()
     except (ValueError, FileNotFoundError, FileExistsError, OSError, FloatingPointError) as error:
@@ -78,7 +81,9 @@ def run(
 
 @app.command()
 def sample(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a GGUF file or a Hub name.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a GGUF file, a Hub name or a run's folder.")
+    ],
     prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="A file with a `prompt` column (JSON lines, Parquet, ...).")
@@ -103,11 +108,16 @@ def sample(
 ) -> None:
     """Draw completions from MODEL."""
     from jaxalign import evaluation, models, sampling
-    from jaxalign.run import resolve_dtype
+    from jaxalign.run import exported, resolve_dtype
 
     if (prompt is None) == (prompts is None):
         raise ValueError("give either --prompt TEXT or --prompts FILE")
+    if system and (raw or prompts is not None):
+        raise ValueError("--system goes with --prompt and a chat template; put system messages into the --prompts file")
+    if raw and prompts is not None:
+        raise ValueError("--raw goes with --prompt; strings in a --prompts file are continued as plain text anyway")
     _keep_compiled()
+    model = exported(model)
     tokenizer = models.load_tokenizer(model)
     asked, ids = (
         _read_prompts(tokenizer, prompts) if prompts is not None else _one_prompt(tokenizer, prompt, system, raw)
@@ -143,10 +153,12 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Write the metrics to this JSON file too.")] = None,
 ) -> None:
     """Losses and metrics of a stage's method on its evaluation data (else its training data)."""
-    from jaxalign.run import evaluate_stage, pick_stage
+    from jaxalign.run import evaluate_stage, exported, pick_stage
 
     _keep_compiled()
-    metrics = evaluate_stage(pick_stage(_load(config, overrides), stage), model, say=_say)
+    metrics = evaluate_stage(
+        pick_stage(_load(config, overrides), stage, trained=True), model and exported(model), say=_say
+    )
     if output is not None:
         output.write_text(json.dumps(metrics, indent=1) + "\n")
     _metrics_table(model or "start", metrics)

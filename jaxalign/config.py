@@ -77,7 +77,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such config (`jaxalign configs` lists those that come with jaxalign)")
+        raise FileNotFoundError(f"{path}: no such config (`jaxalign configs list` names those that come with jaxalign)")
     try:
         raw = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -171,6 +171,9 @@ def shipped_configs() -> dict[str, Path]:
 
 def _stage(name: str, raw: Mapping[str, Any], where: str) -> Stage:
     _known(where.rstrip("."), raw, ["method", *SECTIONS])
+    for section in ("method", "optimizer"):
+        if not isinstance(raw.get(section) or {}, Mapping):
+            raise ValueError(f"{where}{section}: a mapping of keys, for example {{name: ...}}, not {raw[section]!r}")
     method = dict(raw.get("method") or {})
     method_name = method.pop("name", None)
     if method_name not in METHODS:
@@ -229,14 +232,18 @@ def _override(raw: dict[str, Any], text: str) -> dict[str, Any]:
     if not equals or not key:
         raise ValueError(f"{text!r}: an override is written a.b=value")
     parts = key.strip().split(".")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{text!r}: the value is not YAML: {error}") from error
     if parts[0] == "stages" and len(parts) > 2:
         stages = list(raw.get("stages") or [])
         place = next((i for i, each in enumerate(stages) if each.get("name") == parts[1]), None)
         if place is None:
             raise ValueError(f"{text!r}: there is no stage {parts[1]!r}")
-        stages[place] = _set(stages[place], parts[2:], yaml.safe_load(value))
+        stages[place] = _set(stages[place], parts[2:], parsed)
         return {**raw, "stages": stages}
-    return _set(raw, parts, yaml.safe_load(value))
+    return _set(raw, parts, parsed)
 
 
 def _set(raw: Any, parts: Sequence[str], value: Any) -> dict[str, Any]:

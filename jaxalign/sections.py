@@ -46,10 +46,10 @@ class TrainSection:
       eval_on_start: evaluate before the first step.
       save_steps: checkpoint every so many steps; the last step is always kept.
       save_total_limit: checkpoints kept beside the best one.
-      metric_for_best_model: evaluation metric that picks the best checkpoint, which is the one exported.
+      metric_for_best_model: evaluation metric that picks the best checkpoint, which is kept.
       greater_is_better: None = unless the metric's name ends in `loss`.
-      load_best_model_at_end: export the best checkpoint instead of the last.
-      early_stopping_patience: stop after so many evaluations without improvement.
+      load_best_model_at_end: export the best checkpoint instead of the last; always so after early stopping.
+      early_stopping_patience: stop after so many evaluations in a row without improvement.
       early_stopping_threshold: what counts as an improvement.
       prefetch: batches prepared ahead.
     """
@@ -78,6 +78,11 @@ class TrainSection:
         micro = self.micro_batch_size
         if micro is not None and (micro < 1 or self.batch_size % micro):
             raise ValueError(f"train.micro_batch_size={micro} must divide train.batch_size={self.batch_size}")
+        least = {"save_steps": 1, "save_total_limit": 1, "prefetch": 0, "eval_steps": 1, "early_stopping_patience": 1}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"train.{name}={value} must be at least {bound}")
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,13 @@ class LogSection:
     sample_steps: int | None = None
     sample_prompts: int = 3
     sample_max_new_tokens: int = 64
+
+    def __post_init__(self):
+        """Raises ValueError on numbers that ask for nothing."""
+        for name in ("logging_steps", "sample_steps", "sample_prompts", "sample_max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"log.{name}={value} must be at least 1")
 
 
 @dataclass(frozen=True)

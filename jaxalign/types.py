@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array | np.ndarray
-Variables = dict[str, dict]
 PyTree = Any  # dicts, tuples and dataclasses of arrays, in any nesting
+Variables = dict[str, PyTree]
 
 
 @jax.tree_util.register_dataclass

@@ -1,15 +1,34 @@
-"""What the docs name exists: make targets, CLI verbs and options, files, and the API in Python examples."""
+"""What the docs name exists: make targets, verbs, options, files, the API; and every setting and metric is in them."""
 
 import ast
+import dataclasses
 import importlib
+import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from jaxalign.cli import app
+from jaxalign.config import FOREIGN_NAMES, SECTIONS
+from jaxalign.losses import PREFERENCE_LOSSES
+from jaxalign.methods import METHODS
+from jaxalign.sections import CompareSection
+from jaxalign.training.loop import TIMINGS
+from jaxalign.training.optimizer import Config, make_optimizer
+from tests.layouts import ragged_pairs, ragged_texts, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+DOCS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("data/**/*.md")]
+)
 SHELL = ("bash", "sh", "console")
 
 
@@ -29,17 +48,13 @@ def commands(text: str, program: str) -> list[list[str]]:
 
 def make_problems(text: str) -> list[str]:
     """Targets that the text names and the Makefile lacks."""
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     words = [word for call in commands(text, "make") for word in call if "=" not in word and not word.startswith("-")]
     return [f"make {word}: no such target" for word in words if word not in targets]
 
 
 def cli_problems(text: str) -> list[str]:
     """Verbs and options that the text names and the command line lacks."""
-    from jaxalign.cli import app
-    from typer.core import TyperGroup
-    from typer.main import get_command
-
     found = []
     for words in commands(text, "jaxalign"):
         command, rest = get_command(app), list(words)
@@ -66,10 +81,10 @@ def path_problems(text: str, folder: Path) -> list[str]:
 
 def api_problems(code: str) -> list[str]:
     """Attributes of jaxalign's modules that a Python example uses and that do not exist; nothing is run."""
-    tree, names, found = ast.parse(code), {}, []
+    tree, known, found = ast.parse(code), {}, []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {
+            known |= {
                 alias.asname or alias.name.split(".")[0]: importlib.import_module(alias.name) for alias in node.names
             }
         elif isinstance(node, ast.ImportFrom):
@@ -78,16 +93,28 @@ def api_problems(code: str) -> list[str]:
                 if not hasattr(module, alias.name):
                     found.append(f"from {node.module} import {alias.name}: no such name")
                     continue
-                names[alias.asname or alias.name] = getattr(module, alias.name)
+                known[alias.asname or alias.name] = getattr(module, alias.name)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(root := _root(node), ast.Name) and root.id in names:
-            value, *path = names[root.id], *ast.unparse(node).split(".")[1:]
+        if isinstance(node, ast.Attribute) and isinstance(root := _root(node), ast.Name) and root.id in known:
+            value, *path = known[root.id], *ast.unparse(node).split(".")[1:]
             for name in path:
                 if not hasattr(value, name):
                     found.append(f"{ast.unparse(node)}: no {name!r}")
                     break
                 value = getattr(value, name)
     return found
+
+
+def table(text: str, heading: str) -> list[list[str]]:
+    """Cells of the rows of the table below a heading."""
+    (section,) = re.findall(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", text, re.M | re.S)
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
+
+
+def names(cell: str) -> list[str]:
+    """What stands in backquotes."""
+    return re.findall(r"`([^`]+)`", cell)
 
 
 def _root(node: ast.expr) -> ast.expr:
@@ -115,10 +142,10 @@ def test_examples_use_what_exists(path: str):
 @pytest.mark.slow
 def test_the_example_runs(smollm2: Path):
     (code,) = blocks((ROOT / "README.md").read_text(), "python")
-    names = {}
-    exec(code.replace("models/smollm2-135m-instruct.gguf", str(smollm2)), names)
+    scope = {}
+    exec(code.replace("models/smollm2-135m-instruct.gguf", str(smollm2)), scope)
     # The policy is the reference before its first update: every pair's loss is -log sigmoid(0).
-    assert names["metrics"]["loss"].value() == pytest.approx(math.log(2), abs=1e-5)
+    assert scope["metrics"]["loss"].value() == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_the_two_commands_are_in_the_readme():
@@ -143,3 +170,58 @@ def test_the_layout_is_that_of_the_package():
     layout = next(block for block in blocks(text, "") if block.startswith("jaxalign/"))
     modules = {path.name for path in (ROOT / "jaxalign").rglob("*.py")} - {"__init__.py"}
     assert set(re.findall(r"\w+\.py", layout)) == modules
+
+
+def settings() -> dict[str, dict[str, str]]:
+    """Default of every key by section, as docs/configuration.md writes it."""
+    kinds = {**SECTIONS, "compare": CompareSection, **{name: method.Config for name, method in METHODS.items()}}
+    found = {name: {field.name: _default(field) for field in dataclasses.fields(kind)} for name, kind in kinds.items()}
+    rates = (f"`{method.LEARNING_RATE}` (`{name}`)" for name, method in METHODS.items())
+    return {**found, "optimizer": {**found["optimizer"], "learning_rate": ", ".join(rates)}}
+
+
+def _default(field: dataclasses.Field) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return f"`{json.dumps(field.default_factory())}`"
+    return "required" if field.default is dataclasses.MISSING else "`{}`".format(json.dumps(field.default).strip('"'))
+
+
+@pytest.mark.parametrize(("section", "defaults"), settings().items(), ids=settings().keys())
+def test_every_setting_is_documented_with_its_default(section: str, defaults: dict[str, str]):
+    rows = table((ROOT / "docs" / "configuration.md").read_text(), f"`{section}`")
+    assert {names(key)[0]: default for key, default, _ in rows} == defaults
+
+
+def test_foreign_names_are_documented():
+    rows = table((ROOT / "docs" / "configuration.md").read_text(), "Keys of other trainers")
+    assert {name for theirs, _ in rows for name in names(theirs)} == set(FOREIGN_NAMES)
+
+
+@pytest.mark.parametrize(("method", "examples"), [("sft", ragged_texts), ("preference", ragged_pairs)])
+def test_every_metric_is_documented(method: str, examples: Callable):
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    shared, own = table(text, "Every method"), table(text, f"`{method}`")
+    assert {name for row in shared + own for name in names(row[0]) if name not in PREFERENCE_LOSSES} == {
+        *logged(METHODS[method], examples(2)),
+        *("epoch", "num_tokens"),
+    }
+
+
+def test_every_timing_is_documented():
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    assert {f"`{name}`" for name in TIMINGS} <= set(re.findall(r"`[^`\n]+`", text))
+
+
+def logged(method: Any, examples: list) -> set[str]:
+    """Names of a step's metrics."""
+    model, variables = tiny_model()
+    optimizer, schedule = make_optimizer(Config(), 1)
+
+    def step(variables):
+        batch = method.make_batch(method.Config(), examples)
+        if method.NEEDS_REFERENCE:
+            batch = method.make_reference(method.Config(), model)(variables, batch)
+        state, frozen = method.init(method.Config(), model, variables, optimizer, jax.random.key(0))
+        return method.make_step(method.Config(), model, optimizer, schedule)(state, frozen, batch)[1]
+
+    return set(jax.eval_shape(step, variables))

@@ -3,9 +3,8 @@
     python data/concise/make.py
 
 Reads ``questions.jsonl`` and one or more files of answers as ``jaxalign sample`` writes them (``prompt`` and
-``completion``), and writes ``train.jsonl``, ``held_out.jsonl`` (preference pairs), ``sft_train.jsonl`` and
-``sft_held_out.jsonl`` (prompts with completions), all in TRL's conversational columns. The result is a pure function of
-its inputs: no clock, no random numbers.
+``completion``), and writes ``train.jsonl`` and ``held_out.jsonl``: preference pairs in TRL's conversational columns.
+The result is a pure function of its inputs: no clock, no random numbers.
 """
 
 import argparse
@@ -81,13 +80,11 @@ def pairs(questions: list[Row], answers: list[dict[str, str]]) -> list[Row]:
 
 
 def build(questions: list[Row], answers: list[dict[str, str]]) -> dict[str, str]:
-    """Contents of the four output files by name."""
-    files = {}
-    for split in ("train", "held_out"):
-        rows = pairs([question for question in questions if question["split"] == split], answers)
-        files[f"{split}.jsonl"] = dumps(rows)
-        files[f"sft_{split}.jsonl"] = dumps([{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows])
-    return files
+    """Contents of the two output files by name."""
+    return {
+        f"{split}.jsonl": dumps(pairs([question for question in questions if question["split"] == split], answers))
+        for split in ("train", "held_out")
+    }
 
 
 def main() -> None:
@@ -95,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=Path, default=FOLDER / "questions.jsonl")
     parser.add_argument("--answers", type=Path, nargs="+", default=[FOLDER / name for name in ANSWERS])
-    parser.add_argument("--output", type=Path, default=FOLDER, help="folder for the four files")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder for the two files")
     arguments = parser.parse_args()
     questions = read(arguments.questions)
     answers = [answers_by_question(read(path)) for path in arguments.answers]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,7 @@ from jaxalign.training.state import TrainState, init_state
 from jaxalign.training.step import evaluate
 from jaxalign.types import Array, Batch, Mean, Metrics, PyTree, Variables
 
-Example = dict[str, Any]
+Example = Mapping[str, Any]
 
 
 def split_variables(variables: Variables) -> tuple[Variables, Variables]:

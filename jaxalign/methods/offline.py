@@ -124,7 +124,9 @@ def make_layout(
     micro = micro_batch_size or batch_size
     if micro % processes:
         raise ValueError(f"train.micro_batch_size={micro} must be a multiple of the number of processes ({processes})")
-    longest = max(int(each.lengths["total"].max()) for each in examples)
+    if data_shards(mesh) % processes:
+        raise ValueError(f"mesh: data × fsdp = {data_shards(mesh)} must be a multiple of the {processes} processes")
+    longest = max(_longest(each, getattr(config, "share_prompt", True)) for each in examples)
     if isinstance(row_length, int):
         if row_length < longest:
             raise ValueError(f"train.row_length={row_length}, but the longest example has {longest} tokens")
@@ -137,7 +139,7 @@ def make_layout(
         multiple = 32 if mesh.devices.flat[0].platform == "cpu" else 128
         weight = attention_weight(model)
         length = choose_length(pieces, micro, attention_weight=weight, multiple=multiple, longest=longest)
-    return Layout(batch_size, micro, length, data_shards(mesh) // processes or 1, jax.process_index(), processes)
+    return Layout(batch_size, micro, length, data_shards(mesh) // processes, jax.process_index(), processes)
 
 
 def attention_weight(model: ModelConfig) -> float:
@@ -195,6 +197,20 @@ def make_batches(
     )
 
 
+def make_source(
+    method: ModuleType,
+    config: Any,
+    examples: Examples,
+    layout: Layout,
+    mesh: Mesh,
+    *,
+    fill: Callable[[Batch], Batch] | None = None,
+    **order: Any,
+) -> OfflineSource:
+    """The source of an offline method; `order` as `make_batches`, the rest as there and in `OfflineSource`."""
+    return OfflineSource(make_batches(method, config, examples, layout, **order), mesh, fill)
+
+
 def pack_global(method: ModuleType, config: Any, examples: Sequence[Example], layout: Layout) -> Packed:
     """This process's rows of a global batch; the micro-batches are always as many as a full batch has."""
     documents = {i: method.to_document(config, example) for i, example in enumerate(examples)}
@@ -232,6 +248,14 @@ def packing_report(method: ModuleType, config: Any, examples: ExampleList, layou
 def _cut(examples: ExampleList, size: int) -> Iterator[list[Example]]:
     for start in range(0, len(examples), size):
         yield [examples[i] for i in range(start, min(start + size, len(examples)))]
+
+
+def _longest(examples: Examples, share_prompt: bool) -> int:
+    lengths = examples.lengths
+    if share_prompt:
+        return int(lengths["total"].max())
+    branches = [part for name, part in lengths.items() if name not in ("prompt", "total")]
+    return int((lengths["prompt"] + np.max(branches, axis=0)).max())
 
 
 def _pieces(method: ModuleType, config: Any, example: Example) -> list[Piece]:

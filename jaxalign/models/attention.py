@@ -15,14 +15,20 @@ MASKED = -1e30
 
 
 class Keys(NamedTuple):
-    """Keys that a query may look at: `key` and `value` `[rows, keys, kv_heads, head_dim]`, `mask` `[rows, queries, keys]`."""
+    """Keys that a query may look at.
+
+    Attributes:
+      key: `[rows, keys, kv_heads, head_dim]`.
+      value: the same shape.
+      mask: bool `[rows, queries, keys]`.
+    """
 
     key: Array
     value: Array
     mask: Array
 
 
-def rows_mask(rows: TokenRows, window: int | None) -> jax.Array:
+def rows_mask(rows: TokenRows, window: int | None) -> Array:
     """Which token of a row sees which: bool `[rows, length, length]`, queries before keys.
 
     True where both share a non-zero document, the key is in the trunk or the query's own branch, the key's position is
@@ -35,13 +41,13 @@ def rows_mask(rows: TokenRows, window: int | None) -> jax.Array:
     return mask & _in_window(query.positions, key.positions, window)
 
 
-def cache_mask(rows: TokenRows, cache_positions: Array, window: int | None) -> jax.Array:
+def cache_mask(rows: TokenRows, cache_positions: Array, window: int | None) -> Array:
     """Which cached token a new token sees: bool `[slots, length, capacity]`; cached position -1 = empty."""
     query, key = rows.positions[:, :, None], cache_positions[:, None, :]
     return (rows.documents[:, :, None] > 0) & (key >= 0) & _in_window(query, key, window)
 
 
-def _in_window(query: Array, key: Array, window: int | None) -> jax.Array:
+def _in_window(query: Array, key: Array, window: int | None) -> Array:
     mask = key <= query
     return mask if window is None else mask & (query - key < window)
 
@@ -77,7 +83,7 @@ def attend(
 
 
 def _scores(query: Array, key: Array, mask: Array) -> jax.Array:
-    """Masked `query @ key^T`: query `[rows, kv_heads, groups * queries, head_dim]`, key `[rows, kv_heads, keys, head_dim]`."""
+    """Masked `query @ key^T`, `[rows, kv_heads, groups * queries, keys]`; query and key end with their head_dim."""
     wide = jnp.promote_types(query.dtype, jnp.float32)
     scores = jnp.einsum("rhqd,rhkd->rhqk", query, key, preferred_element_type=wide)
     shape = (*scores.shape[:2], -1, *mask.shape[1:])

@@ -240,6 +240,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 def _replaced_at_end(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder` that takes its place when all went well, and is removed when not."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{folder.name}.partial-*"):  # of exports that were killed
+        shutil.rmtree(left, ignore_errors=True)
     place = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     place.mkdir()
     try:

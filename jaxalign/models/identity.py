@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,18 @@ def fingerprint(path: str | Path) -> str:
     files = sorted([local / "config.json", *local.glob("*.safetensors")]) if local.is_dir() else [local]
     digest = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
-            name = file.name if local.is_dir() else "model"
-            digest.update(f"{name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        stat = file.stat()
+        name = file.name if local.is_dir() else "model"
+        digest.update(f"{name} {_sha256(file, stat.st_size, stat.st_mtime_ns)}\n".encode())
     return digest.hexdigest()
+
+
+@functools.cache
+def _sha256(file: Path, size: int, modified: int) -> str:
+    """Of a file's content; size and time tell whether it was written again since."""
+    del size, modified
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def end_ids(config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +41,9 @@ class Cache:
       positions: int32 `[slots, capacity]`, the token's position; -1 = empty.
     """
 
-    k: Array
-    v: Array
-    positions: Array
+    k: jax.Array
+    v: jax.Array
+    positions: jax.Array
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def build(
 
     def apply(variables: Variables, rows: TokenRows, cache: Cache | None = None, *, key: jax.Array | None = None):
         rngs = {} if key is None else {"dropout": key}
-        hidden, cache = decoder.apply(variables, rows, cache, rngs=rngs)
-        return hidden, cache, {}
+        read = cast("tuple[jax.Array, Cache | None]", decoder.apply(variables, rows, cache, rngs=rngs))
+        return *read, {}
 
     def logits(variables: Variables, hidden: Array) -> jax.Array:
         params, dtype = variables["params"], jnp.dtype(compute_dtype)
@@ -93,7 +93,8 @@ def build(
         table = params["embed"]["embedding"] if config.tie_embeddings else params["head"]["kernel"]
         wide = jnp.promote_types(dtype, jnp.float32)
         flat = hidden.reshape(-1, hidden.shape[-1]).astype(dtype)
-        return jnp.einsum(equation, flat, table.astype(dtype), preferred_element_type=wide).reshape(*hidden.shape[:-1], -1)
+        product = jnp.einsum(equation, flat, table.astype(dtype), preferred_element_type=wide)
+        return product.reshape(*hidden.shape[:-1], -1)
 
     return Model(config, init, apply, logits)
 
@@ -109,7 +110,7 @@ def rope_frequencies(rope: Rope, head_dim: int) -> jax.Array:
     """Angle per position of each pair of dimensions, float32 `[head_dim / 2]`.
 
     `theta ** (-2 i / head_dim)`, scaled as the kind says. Source: Su et al., arXiv 2104.09864; Llama 3.1's scaling as
-    in its reference code (wavelengths between the two bounds are blended linearly in original_max_position / wavelength).
+    in its reference code: wavelengths between the bounds are blended linearly in original_max_position / wavelength.
     """
     base = 1.0 / rope.theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if rope.kind == "linear":
@@ -123,7 +124,12 @@ def rope_frequencies(rope: Rope, head_dim: int) -> jax.Array:
 
 
 def rotate(x: Array, angles: Array) -> jax.Array:
-    """Rotates dimension i with dimension i + head_dim / 2: x `[rows, length, heads, head_dim]`, angles `[rows, length, head_dim / 2]`."""
+    """Rotates dimension i with dimension i + head_dim / 2.
+
+    Args:
+      x: `[rows, length, heads, head_dim]`.
+      angles: `[rows, length, head_dim / 2]`.
+    """
     wide = jnp.promote_types(x.dtype, jnp.float32)
     sin, cos = jnp.sin(angles)[:, :, None].astype(wide), jnp.cos(angles)[:, :, None].astype(wide)
     first, second = jnp.split(x.astype(wide), 2, axis=-1)
@@ -141,7 +147,8 @@ class _Norm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype).astype(wide.dtype)
         if self.kind == "layer":
             wide = wide - wide.mean(-1, keepdims=True)
-        normed = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+        inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
+        normed = wide * inverse * scale.reshape((1,) * (x.ndim - 1) + (-1,))
         if self.kind == "layer":
             bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
             normed = normed + bias.astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
@@ -218,7 +225,8 @@ class _Block(nn.Module):
         c = self.config
         norm = partial(_Norm, c.norm, c.norm_eps, self.param_dtype)
         drop = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
-        mixed, key, value = _Attention(c, self.param_dtype, name="attention")(norm(name="attention_norm")(x), angles, mask, cached)
+        attention, normed = _Attention(c, self.param_dtype, name="attention"), norm(name="attention_norm")(x)
+        mixed, key, value = attention(normed, angles, mask, cached)
         x = x + drop(mixed)
         x = x + drop(_Mlp(c, self.param_dtype, name="mlp")(norm(name="mlp_norm")(x)))
         return x, key, value
@@ -238,8 +246,8 @@ class _Pattern(nn.Module):
             kind = kinds.index(window)
             cached = ()
             if cache is not None:
-                layer = [jax.lax.dynamic_index_in_dim(a, first_layer + place, keepdims=False) for a in (cache.k, cache.v)]
-                cached = (Keys(layer[0].astype(x.dtype), layer[1].astype(x.dtype), cache_masks[kind]),)
+                own = partial(jax.lax.dynamic_index_in_dim, index=first_layer + place, keepdims=False)
+                cached = (Keys(own(cache.k).astype(x.dtype), own(cache.v).astype(x.dtype), cache_masks[kind]),)
             x, key, value = _Block(self.config, self.param_dtype, name=f"block_{place}")(x, angles, masks[kind], cached)
             new.append((key, value))
         # Without a cache nobody wants the keys and values: stacking them would cost memory.
@@ -255,11 +263,11 @@ class _Decoder(nn.Module):
     @nn.compact
     def __call__(self, rows, cache):
         c = self.config
-        embed = nn.Embed(c.vocab_size, c.embed_dim, embedding_init=nn.initializers.normal(0.02), param_dtype=self.param_dtype, name="embed")
-        x = embed(rows.tokens)
+        normal = nn.initializers.normal(0.02)
+        embed = partial(nn.Embed, features=c.embed_dim, embedding_init=normal, param_dtype=self.param_dtype)
+        x = embed(c.vocab_size, name="embed")(rows.tokens)
         if c.learned_positions:
-            table = nn.Embed(c.max_position, c.embed_dim, embedding_init=nn.initializers.normal(0.02), param_dtype=self.param_dtype, name="positions")
-            x = x + table(rows.positions)
+            x = x + embed(c.max_position, name="positions")(rows.positions)
         x = x.astype(self.compute_dtype)
         x = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))(x)
         angles = rows.positions[..., None] * rope_frequencies(c.rope, c.head_dim).reshape(1, 1, -1) if c.rope else None
@@ -273,7 +281,8 @@ class _Decoder(nn.Module):
             new.append(keys)
         if c.tie_embeddings is False:
             # The head is applied by `Model.logits`; it is declared here so that `init` makes it.
-            self.param("head", lambda key, shape: {"kernel": nn.initializers.normal(0.02)(key, shape, self.param_dtype)}, (c.embed_dim, c.vocab_size))
+            shape = (c.embed_dim, c.vocab_size)
+            self.param("head", lambda key: {"kernel": normal(key, shape, self.param_dtype)})
         x = _Norm(c.norm, c.norm_eps, self.param_dtype, name="final_norm")(x)
         return x, None if cache is None else _write(cache, rows, new)
 
@@ -285,7 +294,7 @@ class _Decoder(nn.Module):
             body,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=cast("Any", (0, *[nn.broadcast] * 4)),  # flax says nothing of its type but the default, 0
             length=segment.repeats,
         )
 

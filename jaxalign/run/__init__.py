@@ -13,7 +13,7 @@ from jaxalign.config import RunConfig, Stage, read_config_text
 from jaxalign.evaluation import Comparison, Side
 from jaxalign.run.compare import check_prompts, compare
 from jaxalign.run.evaluate import evaluate_stage
-from jaxalign.run.folder import describe_backend, locked, open_folder, write_manifest, write_text
+from jaxalign.run.folder import create_folder, describe_backend, find_folder, locked, record_stage, write_text
 from jaxalign.run.inputs import Say
 from jaxalign.run.prepare import Prepared, check_data, prepare, resolve_dtype
 from jaxalign.run.stage import MakeProgress, StageResult, finished, run_stage
@@ -62,19 +62,20 @@ def run(
       FileNotFoundError, ValueError: bad input, named by file, line or key. What was saved stays.
       OSError: the folder cannot be written.
     """
-    folder, resumed = open_folder(config, fresh=fresh)
+    folder, resumed = find_folder(config, fresh=fresh)
+    if not resumed:
+        check_stages(config)
+        create_folder(config, folder)
     with locked(folder):
         say(f"run: {folder} ({'continued' if resumed else 'new'})")
         say(f"backend: {describe_backend()}")
-        if not resumed:
-            check_stages(config)
         done: dict[str, StageResult] = {}
         for stage in config.stages:
             where = folder / stage.name if stage.name else folder
             result = finished(stage, where)
             if result is None:
                 ready = prepare(resolve_inputs(stage, {name: str(each.export) for name, each in done.items()}))
-                write_manifest(folder, config, stages={stage.name or config.name: _lineage(ready)})
+                record_stage(folder, config, stage.name or config.name, _lineage(ready))
                 result = run_stage(ready, where, say=say, make_progress=make_progress)
             else:
                 say(f"{stage.name or stage.method_name}: done before, its policy is in {result.export}")
@@ -86,13 +87,11 @@ def run(
 
 def check_stages(config: RunConfig) -> None:
     """Prepares every stage as far as that goes without training the ones before, so that bad input shows at once."""
-    origins: dict[str, str] = {}
     for stage in config.stages:
-        inputs = resolve_inputs(stage, origins)
-        prepare(inputs)
-        origins[stage.name] = inputs.model.path
+        prepare(pick_stage(config, stage.name))
     if config.compare is not None:
-        check_prompts(config.compare, config.stages[0].model.path)
+        last = pick_stage(config, config.stages[-1].name)
+        check_prompts(config.compare, last.model.path, last.data)
 
 
 def resolve_inputs(stage: Stage, policies: Mapping[str, str]) -> Stage:
@@ -124,23 +123,39 @@ def _compare(config: RunConfig, folder: Path, done: Mapping[str, StageResult], s
         return Comparison(tuple(found["prompts"]), Side(**found["before"]), Side(**found["after"]))
     last = list(done.values())[-1]
     say(f"comparing answers to {config.compare.path} before and after")
-    comparison = compare(config.compare, config.stages[0].model.path, str(last.export))
+    settings = pick_stage(config, config.stages[-1].name).data
+    comparison = compare(config.compare, config.stages[0].model.path, str(last.export), settings)
     write_text(kept, json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False) + "\n")
     return comparison
 
 
-def pick_stage(config: RunConfig, name: str | None) -> Stage:
-    """A stage by name, the first without; its inputs are those that it would have in a new run.
+def pick_stage(config: RunConfig, name: str | None, *, trained: bool = False) -> Stage:
+    """A stage by name, the first without.
+
+    Args:
+      config: the run.
+      name: the stage's.
+      trained: inputs from earlier stages are these stages' exports; else the model that they began with stands in,
+        with the chat template that they give it, which serves to look at data.
 
     Raises:
-      ValueError: there is no such stage.
+      ValueError: there is no such stage, or an earlier one has not been trained.
     """
     origins: dict[str, str] = {}
+    template = None
     for stage in config.stages:
+        template = stage.data.chat_template_path or template
         inputs = resolve_inputs(stage, origins)
         if name in (None, stage.name):
-            return inputs
+            return replace(inputs, data=replace(inputs.data, chat_template_path=template))
         origins[stage.name] = inputs.model.path
+        if trained:
+            export = Path(config.runs_dir) / config.name / stage.name / "export"
+            if name is not None and not export.is_dir():
+                raise ValueError(
+                    f"{export} does not exist: `jaxalign run` this config first, or judge an earlier stage"
+                )
+            origins[stage.name] = str(export)
     raise ValueError(f"there is no stage {name!r}; there are: {', '.join(stage.name for stage in config.stages)}")
 
 

@@ -11,19 +11,20 @@ from jaxalign.run.prepare import resolve_dtype
 from jaxalign.sampling import Config
 
 
-def compare(section: CompareSection, before: str, after: str) -> Comparison:
+def compare(section: CompareSection, before: str, after: str, settings: data.DataConfig) -> Comparison:
     """Asks both models and judges their answers.
 
     Args:
       section: prompts and rules.
       before: the model that the run started from: a folder, a GGUF file or a Hub name.
       after: the model that it ended with.
+      settings: of the last stage's data: chat template, EOS and lengths are its.
 
     Raises:
       FileNotFoundError: no such model or prompts.
       ValueError: no prompts, or an unknown rule.
     """
-    prompts, settings = check_prompts(section, after), data.DataConfig(path=section.path)
+    prompts, settings = check_prompts(section, after, settings), prompt_settings(section, settings)
     rows = [prompts.row(i) for i in range(len(prompts))]
     return Comparison(
         prompts=tuple(readable(row["prompt"]) for row in rows),
@@ -32,15 +33,21 @@ def compare(section: CompareSection, before: str, after: str) -> Comparison:
     )
 
 
-def check_prompts(section: CompareSection, model: str) -> data.Examples:
+def prompt_settings(section: CompareSection, settings: data.DataConfig) -> data.DataConfig:
+    """How the prompts are read: as a stage's data are, from another path."""
+    kept = {name: getattr(settings, name) for name in ("chat_template_path", "eos_token", "max_length")}
+    return data.DataConfig(path=section.path, **kept)
+
+
+def check_prompts(section: CompareSection, model: str, settings: data.DataConfig) -> data.Examples:
     """The prompts; raises if they or the rules cannot be used, see `compare`."""
     check_rules(section.rules)
-    return data.load(data.DataConfig(path=section.path), models.load_tokenizer(model), "prompt").train
+    return data.load(prompt_settings(section, settings), models.load_tokenizer(model), "prompt").train
 
 
 def _side(section: CompareSection, path: str, settings: data.DataConfig, rows: list[dict[str, Any]]) -> Side:
-    tokenizer = models.load_tokenizer(path)
-    examples = data.load(settings, tokenizer, "prompt").train
+    found = data.load(settings, models.load_tokenizer(path), "prompt")
+    examples, tokenizer = found.train, found.tokenizer
     model, variables = models.load(path, compute_dtype=resolve_dtype("auto"))
     config = Config(
         temperature=0, max_new_tokens=section.max_new_tokens, eos_ids=models.end_ids(model.config, tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,9 +32,9 @@ def evaluate_stage(stage: Stage, path: str | None, *, say: Say) -> dict[str, flo
     if METHODS[stage.method_name].NEEDS_REFERENCE:
         stage = replace(stage, method=replace(stage.method, precompute_ref_log_probs=False))
     ready = prepare(stage)
-    start = load_policy(ready, stage.model.path)
-    policy = start if path is None else load_policy(ready, path)
-    examples = attach_reference(ready, Path(), start, say)
+    load = functools.cache(functools.partial(load_policy, ready))
+    examples = attach_reference(ready, Path(), load, say)
+    policy = load(path or stage.model.path)
     judged, lookup = ready.data.train, examples.train
     if ready.data.eval is not None and examples.eval is not None:
         judged, lookup = ready.data.eval, examples.eval

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ PACKAGES = (
 )
 
 
-def open_folder(config: RunConfig, *, fresh: bool = False) -> tuple[Path, bool]:
-    """The folder of a run, made or found.
+def find_folder(config: RunConfig, *, fresh: bool = False) -> tuple[Path, bool]:
+    """The folder of a run, which may not exist yet; nothing is written but a probe.
 
     Args:
       config: the run.
@@ -55,7 +55,12 @@ def open_folder(config: RunConfig, *, fresh: bool = False) -> tuple[Path, bool]:
     if _occupied(folder):
         if not kept.is_file():
             raise ValueError(f"{folder} exists and holds no run (there is no config.yaml in it): choose another `name`")
-        changes = difference(read_config_text(kept.read_text()) or {}, config.resolved)
+        # Where a run lies is not what it is: a run may be moved, and `--fresh` gives it another name.
+        before, now = (
+            {key: value for key, value in each.items() if key not in ("name", "runs_dir")}
+            for each in (read_config_text(kept.read_text()) or {}, config.resolved)
+        )
+        changes = difference(before, now)
         if changes:
             shown = "".join(f"\n  {line}" for line in changes[:8]) + (
                 f"\n  and {len(changes) - 8} more" if len(changes) > 8 else ""
@@ -63,10 +68,18 @@ def open_folder(config: RunConfig, *, fresh: bool = False) -> tuple[Path, bool]:
             raise ValueError(f"{folder} holds another run; give --fresh, or another `name`. It differs in:{shown}")
         check_writable(folder)
         return folder, True
+    return folder, False
+
+
+def create_folder(config: RunConfig, folder: Path) -> None:
+    """Makes a run's folder with its config.yaml.
+
+    Raises:
+      OSError: it cannot be written.
+    """
     with _naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(kept, config_text(config.resolved))
-    return folder, False
+        write_text(folder / "config.yaml", config_text(config.resolved))
 
 
 def check_writable(folder: Path) -> None:
@@ -99,11 +112,23 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def write_manifest(folder: Path, config: RunConfig, **facts: Any) -> None:
-    """Adds to manifest.json: versions, seeds and hardware of the first start, and `facts` (data hashes, lineage)."""
+def record_stage(folder: Path, config: RunConfig, name: str, lineage: dict[str, Any]) -> None:
+    """Keeps in manifest.json versions, seeds and hardware of the first start, and where a stage's inputs came from.
+
+    Raises:
+      ValueError: the stage was begun with other inputs or devices: going on would not be the same run.
+    """
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text()) if path.is_file() else _first(config)
-    write_text(path, json.dumps(_merge(manifest, facts), indent=2, default=str) + "\n")
+    lineage = json.loads(json.dumps({**lineage, "devices": jax.device_count()}, default=str))
+    begun = manifest["stages"].get(name)
+    if begun is not None and begun != lineage:
+        changes = "".join(f"\n  {line}" for line in difference(begun, lineage))
+        raise ValueError(
+            f"{folder}: stage {name} was begun with other inputs; bring them back or give --fresh:{changes}"
+        )
+    manifest["stages"][name] = lineage
+    write_text(path, json.dumps(manifest, indent=2) + "\n")
 
 
 def describe_backend() -> str:
@@ -143,14 +168,6 @@ def _first(config: RunConfig) -> dict[str, Any]:
         },
         "stages": {},
     }
-
-
-def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(old)
-    for key, value in new.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
 
 
 def _occupied(folder: Path) -> bool:

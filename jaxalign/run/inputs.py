@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,26 +34,46 @@ class Examples:
 
 
 def load_policy(ready: Prepared, path: str) -> Variables:
-    """Parameters on the mesh, in the stage's dtype."""
-    return models.load(path, mesh=ready.mesh, param_dtype=ready.stage.model.param_dtype)[1]
+    """Parameters on the mesh, in the stage's dtype.
+
+    Raises:
+      ValueError: the checkpoint is another model than the stage's: the same functions would misread it.
+    """
+    model, variables = models.load(path, mesh=ready.mesh, param_dtype=ready.stage.model.param_dtype)
+    ours, theirs = (
+        asdict(replace(each, bos_id=None, eos_ids=(), pad_id=None)) for each in (ready.model.config, model.config)
+    )
+    other = [
+        f"{name} is {theirs[name]!r} instead of {value!r}" for name, value in ours.items() if theirs[name] != value
+    ]
+    if other:
+        raise ValueError(f"{path} is not the same model as {ready.stage.model.path}: {'; '.join(other)}")
+    return variables
 
 
-def attach_reference(ready: Prepared, folder: Path, variables: Variables, say: Say) -> Examples:
-    """The examples, with what their loss needs of a reference (the policy's start, or `model.reference`)."""
+def attach_reference(ready: Prepared, folder: Path, load: Callable[[str], Variables], say: Say) -> Examples:
+    """The examples, with what their loss needs of a reference (the policy's start, or `model.reference`).
+
+    Args:
+      ready: the stage.
+      folder: where log-probs that are computed beforehand are kept.
+      load: path -> parameters; called only if the reference has to run.
+      say: takes lines for the user.
+    """
     train, held_out, stage = ready.data.train, ready.data.eval, ready.stage
     if not ready.method.NEEDS_REFERENCE:
         return Examples(train, held_out, None)
     path = stage.model.reference or stage.model.path
-    reference = variables if path == stage.model.path else load_policy(ready, path)
-    fill = partial(jax.jit(ready.method.make_reference(stage.method, ready.model)), reference)
+    run = jax.jit(ready.method.make_reference(stage.method, ready.model))
     if not stage.method.precompute_ref_log_probs:
-        return Examples(train, held_out, fill)
+        return Examples(train, held_out, partial(run, load(path)))
     dtypes = f"{stage.model.param_dtype} {resolve_dtype(stage.model.compute_dtype)}"
     fingerprint = f"{models.fingerprint(path)} {dtypes}"
 
     def attach(examples: data.Examples) -> ExampleList:
         where = folder / "reference" / f"{cache_key(examples, fingerprint)}.npy"
         say(f"reference log-probs: {'read from' if where.is_file() else 'computed into'} {where}")
+        fill = lambda batch: run(load(path), batch)  # noqa: E731
         return precompute(ready.method, stage.method, examples, ready.layout, ready.mesh, fill, where)
 
     return Examples(attach(train), None if held_out is None else attach(held_out), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from types import ModuleType
@@ -13,9 +14,14 @@ from jax.sharding import Mesh
 from jaxalign import data, models
 from jaxalign.config import Stage
 from jaxalign.methods import METHODS
+from jaxalign.methods.common import make_eval_step, split_variables
 from jaxalign.methods.offline import Layout, make_layout, packing_report
 from jaxalign.models.transformer import DType
 from jaxalign.sharding import make_mesh
+from jaxalign.training.metrics import check_writers
+from jaxalign.training.optimizer import make_optimizer
+
+logger = logging.getLogger("jaxalign")
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,41 @@ def prepare(stage: Stage) -> Prepared:
     steps = stage.train.max_steps
     if steps < 1:
         steps = math.ceil(stage.train.num_train_epochs * per_epoch)
-    return Prepared(stage, method, mesh, found, model, layout, steps)
+    make_optimizer(stage.optimizer, steps)
+    check_writers(stage.log.report_to)
+    ready = Prepared(stage, method, mesh, found, model, layout, steps)
+    _check_evaluation(ready)
+    return ready
+
+
+def _check_evaluation(ready: Prepared) -> None:
+    """Raises ValueError where the config asks for what evaluation data or metrics cannot give."""
+    train, model = ready.stage.train, ready.stage.model
+    if model.reference and not ready.method.NEEDS_REFERENCE:
+        raise ValueError(f"model.reference: the method {ready.stage.method_name} has no reference; leave it away")
+    if "float16" in (model.param_dtype, model.compute_dtype):
+        raise ValueError("model: float16 cannot be trained in here (its gradients underflow); use bfloat16 or float32")
+    if model.param_dtype == "bfloat16":
+        logger.warning("model.param_dtype=bfloat16: small updates round to nothing; float32 is right for full training")
+    if ready.data.eval is None:
+        asked = ["eval_steps", "eval_on_start", "load_best_model_at_end", "early_stopping_patience"]
+        given = [name for name in asked if getattr(train, name)]
+        if given:
+            raise ValueError(f"train.{given[0]} needs evaluation data: set data.eval_path, eval_split or eval_ratio")
+        return
+    examples = [ready.data.eval[0]]
+    batch = ready.method.make_batch(ready.stage.method, examples, length=ready.layout.length)
+    shapes = jax.eval_shape(ready.model.init, jax.random.key(0))
+
+    def evaluate(variables, batch):
+        if ready.method.NEEDS_REFERENCE:
+            batch = ready.method.make_reference(ready.stage.method, ready.model)(variables, batch)
+        return make_eval_step(ready.method, ready.stage.method, ready.model)(*split_variables(variables), batch)
+
+    names = [f"eval_{name}" for name in jax.eval_shape(evaluate, shapes, batch)]
+    wanted = train.metric_for_best_model
+    if wanted not in names and f"eval_{wanted}" not in names:
+        raise ValueError(f"train.metric_for_best_model: there is no {wanted!r}; there are {', '.join(names)}")
 
 
 def check_data(stage: Stage) -> tuple[data.Data, dict[str, float]]:

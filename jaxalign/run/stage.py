@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ import jax
 
 from jaxalign import evaluation, models, sampling
 from jaxalign.config import Stage
-from jaxalign.methods.common import join_variables, split_variables
-from jaxalign.methods.offline import ExampleList, OfflineSource, make_batches
+from jaxalign.methods.common import join_variables
+from jaxalign.methods.offline import OfflineSource, make_source
 from jaxalign.models.config import forward_flops
 from jaxalign.run.evaluate import make_evaluate
 from jaxalign.run.hardware import peak_flops
@@ -74,9 +74,10 @@ def run_stage(ready: Prepared, folder: Path, *, say: Say, make_progress: MakePro
         say(f"{title}: stopped at step {result.step}, all is saved; the same command continues")
         return StageResult(stage.name, folder, None, result.reason, last_metrics(folder))
     say(f"{title}: {result.reason.replace('_', ' ')} after {result.step} steps, writing {export}")
+    ends = models.end_ids(ready.model.config, ready.data.tokenizer)
     models.save(
         export,
-        ready.model,
+        replace(ready.model, config=replace(ready.model.config, eos_ids=ends)),
         result.state.params,
         ready.data.tokenizer,
         dtype=stage.export.dtype or stage.model.param_dtype,
@@ -107,30 +108,31 @@ def _train(
 ) -> loop.FitResult:
     stage = ready.stage
     optimizer, schedule = make_optimizer(stage.optimizer, ready.num_steps)
-    variables = load_policy(ready, stage.model.path)
-    examples = attach_reference(ready, folder, variables, say)
+    load = functools.cache(functools.partial(load_policy, ready))
+    examples = attach_reference(ready, folder, load, say)
     key = jax.random.key(stage.train.seed)
-    init = partial(ready.method.init, stage.method, ready.model, optimizer=optimizer, key=key)
-    shapes = jax.eval_shape(init, variables)
+    init = functools.partial(ready.method.init, stage.method, ready.model, optimizer=optimizer, key=key)
+    shapes = jax.eval_shape(lambda: init(ready.model.init(key)))
     shardings = param_shardings(ready.mesh, shapes)
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes[0], shardings[0])
     restored = checkpoints.restore(like)
     if restored is None:
-        # A live reference is these very variables; else they become the state without a second copy.
-        donated = () if examples.fill else (0,)
-        state, frozen = jax.jit(init, out_shardings=shardings, donate_argnums=donated)(variables)
+        # A live reference may be these very variables; else they become the state without a second copy.
+        shared = examples.fill is not None and stage.model.reference in (None, stage.model.path)
+        born = jax.jit(init, out_shardings=shardings, donate_argnums=() if shared else (0,))
+        state, frozen = born(load(stage.model.path))
     else:
         say(f"continuing after step {restored.step}")
-        state, frozen = restored.state, split_variables(variables)[1]
-    del variables
+        state, frozen = restored.state, {}
+    load.cache_clear()
     make_step = ready.method.make_step(stage.method, ready.model, optimizer, schedule)
     step = jax.jit(make_step, donate_argnums=0, out_shardings=(shardings[0], None))
     resume_step = restored.step if restored else None
     with ExitStack() as stack:
         title = stage.name or stage.method_name
-        writers = open_writers(folder, stage.log.report_to, resume_step=resume_step, name=title)
+        writers = open_writers(folder, stage.log.report_to, resume_step=resume_step, name=title, config=asdict(stage))
         samples = JsonLines(folder / "samples.jsonl", resume_step) if stage.log.sample_steps else None
-        source = OfflineSource(_training_batches(ready, examples.train), ready.mesh, examples.fill)
+        source = _make_source(ready, examples)
         for opened in (source, *writers, *([samples] if samples else [])):
             stack.callback(opened.close)
         evaluate = _make_evaluate(ready, examples, frozen)
@@ -162,28 +164,29 @@ def _make_evaluate(ready: Prepared, examples: Examples, frozen: Variables) -> lo
     return lambda state: evaluate(state.params, frozen)
 
 
-def _training_batches(ready: Prepared, lookup: ExampleList):
-    train, settings = ready.data.train, ready.stage.train
-    return make_batches(
+def _make_source(ready: Prepared, examples: Examples) -> OfflineSource:
+    data, train = ready.stage.data, ready.stage.train
+    return make_source(
         ready.method,
         ready.stage.method,
-        train,
+        ready.data.train,
         ready.layout,
-        lookup=lookup,
-        seed=ready.stage.data.seed,
+        ready.mesh,
+        lookup=examples.train,
+        fill=examples.fill,
+        seed=data.seed,
         epochs=None,
-        shuffle=ready.stage.data.shuffle,
-        prefetch=settings.prefetch,
+        shuffle=data.shuffle,
+        prefetch=train.prefetch,
     )
 
 
 def _loop_config(ready: Prepared) -> loop.Config:
     train, log, examples = ready.stage.train, ready.stage.log, ready.data.train
     per_epoch = math.ceil(len(examples) / train.batch_size)
-    tokens = float(examples.lengths["total"].mean()) * train.batch_size
-    pass_flops = forward_flops(
-        ready.model.config, int(tokens), int(tokens * examples.lengths["total"].mean() / 2), int(tokens)
-    )
+    mean = {name: float(lengths.mean()) for name, lengths in examples.lengths.items()}
+    tokens, targets = (train.batch_size * n for n in (mean["total"], mean["total"] - mean["prompt"]))
+    pass_flops = forward_flops(ready.model.config, int(tokens), int(tokens * mean["total"] / 2), int(targets))
     watched = ready.data.eval is not None
     return loop.Config(
         num_steps=ready.num_steps,

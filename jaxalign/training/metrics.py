@@ -243,6 +243,15 @@ def dashboard_names(record: Mapping[str, Any]) -> dict[str, float]:
     return {f"eval/{k[5:]}" if k.startswith("eval_") else f"train/{k}": v for k, v in numbers.items()}
 
 
+def check_writers(report_to: Sequence[str]) -> None:
+    """Raises ValueError for an unknown tracker, or one that is not installed."""
+    unknown = set(report_to) - {"tensorboard", "wandb"}
+    if unknown:
+        raise ValueError(f"log.report_to: {', '.join(sorted(unknown))} is unknown; choose from tensorboard, wandb")
+    if "wandb" in report_to and importlib.util.find_spec("wandb") is None:
+        raise ValueError("log.report_to names wandb, which is not installed: pip install 'jaxalign[wandb]'")
+
+
 def open_writers(
     folder: str | os.PathLike[str],
     report_to: Sequence[str] = (),
@@ -263,9 +272,7 @@ def open_writers(
     Raises:
       ValueError: an unknown tracker, or one that is not installed.
     """
-    unknown = set(report_to) - {"tensorboard", "wandb"}
-    if unknown:
-        raise ValueError(f"log.report_to: {', '.join(sorted(unknown))} is unknown; choose from tensorboard, wandb")
+    check_writers(report_to)
     if "wandb" in report_to and importlib.util.find_spec("wandb") is None:
         raise ValueError("log.report_to names wandb, which is not installed: pip install 'jaxalign[wandb]'")
     if jax.process_index() != 0:

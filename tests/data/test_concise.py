@@ -69,11 +69,6 @@ def test_columns():
     assert all(set(row) == {"prompt", "chosen", "rejected", "keywords"} for row in HELD_OUT)
 
 
-@pytest.mark.parametrize("split", ["train", "held_out"])
-def test_sft_rows_are_the_chosen_answers(split):
-    assert rows(f"sft_{split}") == [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows(split)]
-
-
 def test_no_question_or_answer_twice():
     questions = [normalised(content(row["prompt"], "user")) for row in TRAIN + HELD_OUT]
     answers = [content(row["chosen"], "assistant").lower() for row in TRAIN + HELD_OUT]
@@ -102,7 +97,7 @@ def test_keywords_judge_the_answer():
 def test_make_reproduces_the_files():
     answers = [make.answers_by_question(rows(Path(name).stem)) for name in make.ANSWERS]
     files = make.build(rows("questions"), answers)
-    assert set(files) == {"train.jsonl", "held_out.jsonl", "sft_train.jsonl", "sft_held_out.jsonl"}
+    assert set(files) == {"train.jsonl", "held_out.jsonl"}
     for name, text in files.items():
         assert (FOLDER / name).read_bytes() == text.encode()
 

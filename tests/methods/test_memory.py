@@ -20,15 +20,15 @@ def temporary_bytes(vocab: int, pairs: int) -> int:
     )
     model, settings = build(config), preference.Config(logits_chunk=32)
     rng = np.random.default_rng(0)
-    ids = [rng.integers(1, vocab, 160).astype(np.int32) for _ in range(3)]
-    examples = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True))] * pairs
-    batch = preference.make_batch(settings, examples, length=LENGTH)
+    example = {name: rng.integers(1, vocab, 160) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    batch = preference.make_batch(settings, [example] * pairs, length=LENGTH)
     batch = replace(batch, fields={"ref_logps": np.zeros(batch.predictions.sources.shape, np.float32)})
     optimizer, schedule = make_optimizer(Config(), 10)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     state, frozen = jax.eval_shape(lambda variables: start(model, variables, optimizer, jax.random.key(0)), shapes)
     step = jax.jit(preference.make_step(settings, model, optimizer, schedule), donate_argnums=0)
     memory = step.lower(state, frozen, batch).compile().memory_analysis()
+    assert memory is not None
     return memory.temp_size_in_bytes
 
 

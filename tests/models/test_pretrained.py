@@ -210,7 +210,7 @@ class TestErrors:
 
     def test_unknown_family(self, folder):
         self.config(folder, model_type="lama")
-        with pytest.raises(ValueError, match=rf"{folder}: .*'lama'.*llama"):
+        with pytest.raises(ValueError, match=rf"{folder}: .*'lama'.*nearest by name is 'llama'; known: llama"):
             load(folder)
 
     def test_unsupported_setting(self, folder):

@@ -197,3 +197,50 @@ def test_a_full_disk(settings, tmp_path, write_config, cli):
         assert os.path.isfile(folder / "run" / "export" / "model.safetensors")
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("optimizer", {"name": "adam"}, r"optimizer\.name: 'adam' is unknown"),
+        ("optimizer", {"lr_scheduler_type": "cosin"}, r"optimizer\.lr_scheduler_type: 'cosin'"),
+        (
+            "train",
+            {"metric_for_best_model": "eval_los"},
+            r"metric_for_best_model: there is no 'eval_los'; there are .*eval_loss",
+        ),
+        ("data", {"eval_ratio": None}, r"train\.eval_steps needs evaluation data"),
+        ("model", {"compute_dtype": "float16"}, r"float16 cannot be trained"),
+    ],
+)
+def test_a_late_mistake_shows_at_once_and_leaves_no_folder(settings, section, change, message):
+    settings[section] |= change
+    with pytest.raises(ValueError, match=message):
+        start(settings)
+    assert not Path(settings["runs_dir"]).exists()
+
+
+def test_a_reference_that_is_another_model(settings, tiny, tmp_path):
+    settings["model"]["reference"] = changed_model(
+        tiny, tmp_path, config={"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}, "rope_theta": 5.0}
+    )
+    with pytest.raises(ValueError, match=r"(?s)is not the same model.*rope"):
+        start(settings)
+
+
+def test_data_that_changed_between_start_and_resume(settings, write_config, pairs, tmp_path, cli):
+    own = tmp_path / "own.jsonl"
+    shutil.copyfile(pairs, own)
+    settings["data"]["path"] = str(own)
+    result = start(settings)
+    shutil.rmtree(result.stages[0].folder / "export")  # as if stopped before the export
+    own.write_text(own.read_text() + own.read_text().splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match=r"(?s)was begun with other inputs.*own\.jsonl"):
+        start(settings)
+
+
+def test_a_fresh_run_goes_on_under_its_own_name(settings):
+    settings["train"] |= {"max_steps": 1}
+    start(settings)
+    assert start(settings, fresh=True).folder.name == "run-2"
+    assert start({**settings, "name": "run-2"}).stages[0].reason == "done before"

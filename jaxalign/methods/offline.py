@@ -21,8 +21,8 @@ from jaxalign.types import Batch
 
 # How many micro-batches `choose_length` looks at: enough for a steady mean, few enough to take no time.
 SAMPLED_MICRO_BATCHES = 64
-# Time per FLOP of attention over that of the blocks' matrix products, which its softmax and its small products raise;
-# measured with SmolLM2 on CPU (`benchmarks/attention_cost.py`).
+# Time per FLOP of attention over that of the blocks' matrix products, which its softmax and its small products raise. A
+# round figure for one that varies: `benchmarks/attention_cost.py` gave 3.8 for SmolLM2's blocks on 2 CPU cores.
 ATTENTION_SLOWNESS = 2.5
 
 

@@ -12,7 +12,6 @@ from jaxalign.training.step import accumulate
 from tests.layouts import ragged_pairs, ragged_texts, relative, tiny_model
 
 COUNT = 7  # not a multiple of any micro-batch size but 1 and 7
-SPLITS = [{"micro_batch_size": 1}, {"micro_batch_size": 2}, {"micro_batch_size": 4}, {"micro_batch_size": 8}]
 LAYOUTS: dict[str, dict[str, Any]] = {
     "1x8": {"micro_batch_size": 8},
     "2x4": {"micro_batch_size": 4},

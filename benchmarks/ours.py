@@ -29,6 +29,7 @@ def parse():
     parser.add_argument("--remat", default="none", help="as model.remat")
     parser.add_argument("--chunk", type=int, default=128, help="as method.logits_chunk")
     parser.add_argument("--length", type=int, default=0, help="tokens per row; 0: the cheapest for this data")
+    parser.add_argument("--micro-batch-size", type=int, default=0, help="as train.micro_batch_size; 0: the whole batch")
     parser.add_argument("--unshared", action="store_true", help="give each completion its own copy of the prompt")
     return parser.parse_args()
 
@@ -116,14 +117,15 @@ def main() -> None:
     state, frozen = method.init(config, model, variables, optimizer, jax.random.key(0))
     rows = [examples(args.task, batch) for batch in batches]
     every = [row for batch in rows for row in batch]
-    length = args.length or row_length(method, config, model, every, args.batch_size)
+    micro = args.micro_batch_size or args.batch_size
+    length = args.length or row_length(method, config, model, every, micro)
     step = Compiled(jax.jit(method.make_step(config, model, optimizer, schedule), donate_argnums=0))
     reference = Compiled(jax.jit(preference.make_reference(config, model))) if args.task == "dpo" else None
 
     if reference is None:
         del variables
 
-    packed = [method.make_batch(config, batch, length=length) for batch in rows]
+    packed = [method.make_batch(config, batch, length=length, micro_batch_size=micro) for batch in rows]
     for batch in packed:
         if reference:
             reference.prepare(variables, batch)
@@ -133,7 +135,7 @@ def main() -> None:
     seconds, losses = [], []
     for batch in rows:
         start = time.perf_counter()
-        ready = method.make_batch(config, batch, length=length)
+        ready = method.make_batch(config, batch, length=length, micro_batch_size=micro)
         if reference:
             ready = reference(variables, ready)
         state, metrics = step(state, frozen, ready)
@@ -149,7 +151,13 @@ def main() -> None:
         batches,
         trainer="jaxalign",
         versions={"jaxalign": jaxalign.__version__, "jax": jax.__version__},
-        settings={"remat": args.remat, "chunk": args.chunk, "length": length, "share_prompt": not args.unshared},
+        settings={
+            "remat": args.remat,
+            "chunk": args.chunk,
+            "length": length,
+            "micro_batch_size": micro,
+            "share_prompt": not args.unshared,
+        },
         seconds=seconds,
         losses=losses,
         row_tokens=[int(batch.rows.tokens.size) for batch in packed],

@@ -31,7 +31,7 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    "jaxalign": Variant("jaxalign", "float32"),
+    "jaxalign": Variant("jaxalign", "float32", ("--micro-batch-size", "2")),
     "trl": Variant("trl", "float32"),
     "tunix": Variant("tunix", "float32"),
     "trl-checkpointing": Variant("trl", "float32", ("--checkpointing",)),
@@ -42,7 +42,7 @@ VARIANTS = {
     "trl-bf16-autocast": Variant("trl", "bfloat16", ("--autocast",)),
     "tunix-remat": Variant("tunix", "float32", ("--remat", "decoder")),
     "tunix-bf16": Variant("tunix", "bfloat16"),
-    "jaxalign-bf16": Variant("jaxalign", "bfloat16"),
+    "jaxalign-bf16": Variant("jaxalign", "bfloat16", ("--micro-batch-size", "2")),
 }
 SCRIPTS = {"jaxalign": "ours.py", "trl": "peer_trl.py", "tunix": "peer_tunix.py"}
 PATHS = {"--python-jaxalign", "--python-trl", "--python-tunix", "--gguf", "--work", "--results", "--table"}

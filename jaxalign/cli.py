@@ -130,8 +130,9 @@ def sample(
         min_p=min_p,
         max_new_tokens=max_new_tokens,
         eos_ids=models.end_ids(loaded.config, tokenizer),
+        slots=batch_size,
     )
-    answer = evaluation.make_answer(loaded, tokenizer, settings, batch_size=batch_size, seed=seed, stop=stop or ())
+    answer = evaluation.make_answer(loaded, tokenizer, settings, seed=seed, stop=stop or ())
     texts = answer(variables, ids)
     if output is not None:
         rows = [{"prompt": each, "completion": text} for each, text in zip(asked, texts, strict=True)]

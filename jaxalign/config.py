@@ -7,6 +7,7 @@ import difflib
 import importlib.resources
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pydantic
@@ -14,11 +15,15 @@ import yaml
 
 from jaxalign.data import DataConfig
 from jaxalign.methods import METHODS
+from jaxalign.methods.common import is_online, trains_scores
+from jaxalign.methods.grpo import PRESETS
 from jaxalign.sections import (
     CompareSection,
     ExportSection,
     LogSection,
     ModelSection,
+    RewardSection,
+    RolloutSection,
     RunConfig,
     Stage,
     TrainSection,
@@ -55,9 +60,12 @@ FOREIGN_NAMES = {
 }
 
 
+# What a later stage may name of an earlier one: `<stage>.policy`, of a reward stage `<stage>.reward`; it is the export.
+OUTPUTS = ("policy", "reward")
 SECTIONS: dict[str, type] = {
     "model": ModelSection,
     "data": DataConfig,
+    "rollout": RolloutSection,
     "optimizer": optimizer.Config,
     "mesh": MeshConfig,
     "train": TrainSection,
@@ -176,12 +184,16 @@ def _stage(name: str, raw: Mapping[str, Any], where: str) -> Stage:
             raise ValueError(f"{where}{section}: a mapping of keys, for example {{name: ...}}, not {raw[section]!r}")
     method = dict(raw.get("method") or {})
     method_name = method.pop("name", None)
+    if method_name in PRESETS:
+        method_name, method = "grpo", {**PRESETS[method_name], **method}
     if method_name not in METHODS:
-        raise ValueError(f"{where}method.name: {method_name!r} is not a method; known: {', '.join(METHODS)}")
+        known = ", ".join(dict.fromkeys([*METHODS, *PRESETS]))
+        raise ValueError(f"{where}method.name: {method_name!r} is not a method; known: {known}")
     for needed in ("model", "data"):
         if needed not in raw:
             raise ValueError(f"{where}{needed}: this section is missing; it needs at least `path`")
     settings = {"learning_rate": METHODS[method_name].LEARNING_RATE, **(raw.get("optimizer") or {})}
+    raw = {**raw, "rollout": _rollout(METHODS[method_name], raw.get("rollout"), f"{where}rollout")}
     built = {key: build(kind, raw.get(key) or {}, where + key) for key, kind in SECTIONS.items() if key != "optimizer"}
     return Stage(
         name=name,
@@ -192,17 +204,31 @@ def _stage(name: str, raw: Mapping[str, Any], where: str) -> Stage:
     )
 
 
+def _rollout(method: ModuleType, raw: Any, where: str) -> Any:
+    """The section with its rewards validated; only online methods have one."""
+    if raw and not is_online(method):
+        raise ValueError(f"{where}: this method learns from a data set and draws nothing; leave the section away")
+    if not isinstance(raw, Mapping) or not isinstance(raw.get("rewards"), Sequence):
+        return raw
+    each = [build(RewardSection, reward, f"{where}.rewards[{i}]") for i, reward in enumerate(raw["rewards"])]
+    return {**raw, "rewards": tuple(each)}
+
+
 def _check_inputs(stages: Sequence[Stage]) -> None:
-    earlier: list[str] = []
+    earlier: dict[str, Stage] = {}
     for stage in stages:
-        for key in ("path", "reference"):
-            value = getattr(stage.model, key) or ""
-            source, dot, role = value.rpartition(".")
-            if dot and role == "policy" and source not in earlier:
-                raise ValueError(
-                    f"stages.{stage.name}.model.{key}: {value!r} names no earlier stage (there are: {earlier})"
-                )
-        earlier.append(stage.name)
+        named = {f"model.{key}": getattr(stage.model, key) for key in ("path", "reference", "critic")}
+        named |= {f"rollout.rewards[{i}].model": each.model for i, each in enumerate(stage.rollout.rewards)}
+        for key, value in named.items():
+            source, dot, role = (value or "").rpartition(".")
+            if not dot or role not in OUTPUTS:
+                continue
+            where = f"stages.{stage.name}.{key}: {value!r}"
+            if source not in earlier:
+                raise ValueError(f"{where} names no earlier stage (there are: {list(earlier)})")
+            if role == "reward" and not trains_scores(METHODS[earlier[source].method_name]):
+                raise ValueError(f"{where}: that stage trains a policy, {source}.policy")
+        earlier[stage.name] = stage
 
 
 def _known(where: str, raw: Mapping[str, Any], names: Sequence[str]) -> None:

@@ -20,12 +20,15 @@ class Document:
       branches: int32 `[tokens]` each, the completions of the trunk; every token of a branch is a target.
       targets: bool `[trunk tokens]`, which trunk tokens are targets when there are no branches; index 0 never is.
       fields: values per target by name, one float32 array per completion.
+      read_last: the completions are read, not predicted: each lies in the row whole, and its one prediction has its
+        last token (the trunk's, if it has none) as source and 0 as target.
     """
 
     trunk: np.ndarray
     branches: tuple[np.ndarray, ...] = ()
     targets: np.ndarray | None = None
     fields: Mapping[str, tuple[np.ndarray, ...]] = field(default_factory=dict)
+    read_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,15 @@ class Piece:
     """What is placed in a row without being split, and what it asks for.
 
     Attributes:
-      size: tokens in the row; the last token of a completion is only a target, so it takes no place.
+      size: tokens in the row; the last token of a completion is only a target, so it takes no place, save where it is
+        read.
       predictions: targets.
+      completions: how many there are in it.
     """
 
     size: int
     predictions: int
+    completions: int = 1
 
 
 @dataclass(frozen=True)
@@ -50,32 +56,39 @@ class Plan:
       length: tokens per row.
       predictions: predictions per row.
       places: per micro-batch and process, for each row the pieces in it as (document, branch); branch -1 = all of it.
+      completions: per document, how many it has.
     """
 
     rows: int
     length: int
     predictions: int
     places: tuple[tuple[tuple[tuple[tuple[int, int], ...], ...], ...], ...]
+    completions: tuple[int, ...]
 
 
-def measure(trunk: int, branches: Sequence[int] = (), last_target: int = 0, targets: int = 0) -> Piece:
+def measure(
+    trunk: int, branches: Sequence[int] = (), last_target: int = 0, targets: int = 0, *, read_last: bool = False
+) -> Piece:
     """The piece of a document with shared prompt, from lengths: of branches, or up to a plain trunk's last target."""
+    if branches and read_last:
+        return Piece(trunk + sum(branches), len(branches), len(branches))
     if branches:
-        return Piece(trunk + sum(max(n - 1, 0) for n in branches), sum(branches))
+        return Piece(trunk + sum(max(n - 1, 0) for n in branches), sum(branches), len(branches))
     return Piece(last_target, targets)
 
 
 def measure_document(document: Document) -> Piece:
     """The piece of a document with shared prompt."""
     if document.branches:
-        return measure(len(document.trunk), [len(branch) for branch in document.branches])
+        sizes = [len(branch) for branch in document.branches]
+        return measure(len(document.trunk), sizes, read_last=document.read_last)
     wanted = np.flatnonzero(_trunk_targets(document))
     return measure(len(document.trunk), (), int(wanted[-1]) if len(wanted) else 0, len(wanted))
 
 
-def unshare(trunk: int, branches: Sequence[int]) -> list[Piece]:
+def unshare(trunk: int, branches: Sequence[int], *, read_last: bool = False) -> list[Piece]:
     """The pieces when every completion gets its own copy of the prompt."""
-    return [measure(trunk, [n]) for n in branches]
+    return [measure(trunk, [n], read_last=read_last) for n in branches]
 
 
 def bucket(n: int, multiple: int = 1) -> int:
@@ -108,6 +121,7 @@ def plan(
     length: int,
     shards: int = 1,
     processes: int = 1,
+    predictions_multiple: int = 32,
 ) -> Plan:
     """Plans a global batch.
 
@@ -118,6 +132,7 @@ def plan(
       length: tokens per row.
       shards: rows per process are a multiple of this (the devices of one process that split the batch).
       processes: document i belongs to process `i % processes`.
+      predictions_multiple: predictions per row are rounded up to multiples of it.
 
     Raises:
       ValueError: a document longer than a row, or more documents than places.
@@ -140,7 +155,10 @@ def plan(
             most_rows, most_predictions = max(most_rows, len(packed)), max([most_predictions, *predictions])
             per_process.append(packed)
         places.append(tuple(per_process))
-    return Plan(bucket(most_rows, shards), length, bucket(most_predictions, 32), tuple(places))
+    completions = tuple(sum(piece.completions for piece in document) for document in pieces)
+    return Plan(
+        bucket(most_rows, shards), length, bucket(most_predictions, predictions_multiple), tuple(places), completions
+    )
 
 
 def build(
@@ -152,7 +170,7 @@ def build(
       plan: of the global batch.
       documents: by their index in the global batch; those of other processes are not looked up.
       micro_batch_size: documents per micro-batch, as planned.
-      completions: completions per document; completion k of a micro-batch's document i is number `i * completions + k`.
+      completions: most completions of a document; number k of a micro-batch's document i is `i * completions + k`.
       process: which process's rows to build.
 
     Returns:
@@ -171,7 +189,7 @@ def build(
     for m, per_process in enumerate(plan.places):
         for document, branch in (name for packed in per_process for row in packed for name in row):
             first = (document % micro_batch_size) * completions
-            present[m, first + np.arange(completions) if branch < 0 else first + branch] = 1
+            present[m, first + np.arange(plan.completions[document]) if branch < 0 else first + branch] = 1
         for r, row in enumerate(per_process[process]):
             start = asked = 0
             for number, (index, branch) in enumerate(row, 1):
@@ -201,7 +219,7 @@ def pack(
 
     Args:
       documents: the examples of the global batch.
-      completions: completions per document.
+      completions: most completions of a document.
       micro_batch_size: documents per micro-batch; all in one by default.
       micro_batches: as many as are needed by default.
       length: tokens per row; by default the longest document's, rounded up to a multiple of 64.
@@ -219,7 +237,8 @@ def pack(
 def pieces_of(document: Document, share_prompt: bool) -> list[Piece]:
     """The pieces of a document, in branch order when the prompt is not shared."""
     if document.branches and not share_prompt:
-        return unshare(len(document.trunk), [len(branch) for branch in document.branches])
+        sizes = [len(branch) for branch in document.branches]
+        return unshare(len(document.trunk), sizes, read_last=document.read_last)
     return [measure_document(document)]
 
 
@@ -292,15 +311,17 @@ def _lay_out(document: Document, branch: int, first_completion: int) -> dict:
     start = trunk
     for b in chosen:
         tokens = document.branches[b]
-        size = max(len(tokens) - 1, 0)
+        size = len(tokens) if document.read_last else max(len(tokens) - 1, 0)
         parts["tokens"].append(tokens[:size])
         parts["positions"].append(trunk + np.arange(size))
         parts["branches"].append(np.full(size, b + 1))
         # The trunk's last token predicts a branch's first.
-        asked["sources"].append(np.concatenate([[trunk - 1], start + np.arange(size)])[: len(tokens)])
-        asked["targets"].append(tokens)
-        asked["completions"].append(np.full(len(tokens), first_completion + b))
-        asked["steps"].append(np.arange(len(tokens)))
+        sources = np.concatenate([[trunk - 1], start + np.arange(size)])
+        targets = np.zeros(1) if document.read_last else tokens
+        asked["sources"].append(sources[-1:] if document.read_last else sources[: len(tokens)])
+        asked["targets"].append(targets)
+        asked["completions"].append(np.full(len(targets), first_completion + b))
+        asked["steps"].append(np.arange(len(targets)))
         start += size
     joined = {name: np.concatenate(values).astype(np.int32) for name, values in {**parts, **asked}.items()}
     fields = {name: np.concatenate([values[b] for b in chosen]) for name, values in document.fields.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,8 +18,10 @@ class ModelSection:
     """The policy.
 
     Attributes:
-      path: a Hugging Face folder, a GGUF file, a Hub name, or `<stage>.policy` of an earlier stage.
+      path: a Hugging Face folder, a GGUF file, a Hub name, or `<stage>.policy` (of a reward model: `<stage>.reward`) of
+        an earlier stage.
       reference: where the reference comes from; the policy's own start by default.
+      critic: what the critic of `ppo` begins as: a reward model or a language model; the policy's own start by default.
       param_dtype: dtype of the parameters.
       compute_dtype: dtype of activations and matrix products; `auto` is bfloat16 on GPU and TPU, float32 on CPU.
       remat: what the backward pass recomputes: `none`, `dots` (all but matrix products) or `full` (whole blocks).
@@ -26,6 +29,7 @@ class ModelSection:
 
     path: str
     reference: str | None = None
+    critic: str | None = None
     param_dtype: ExportDType = "float32"
     compute_dtype: Literal["auto"] | ExportDType = "auto"
     remat: Remat = "full"
@@ -46,7 +50,8 @@ class TrainSection:
       eval_on_start: evaluate before the first step.
       save_steps: checkpoint every so many steps; the last step is always kept.
       save_total_limit: checkpoints kept beside the best one.
-      metric_for_best_model: evaluation metric that picks the best checkpoint, which is kept.
+      metric_for_best_model: evaluation metric that picks the best checkpoint, which is kept; None = `eval_loss`, of
+        online methods `eval_reward`.
       greater_is_better: None = unless the metric's name ends in `loss`.
       load_best_model_at_end: export the best checkpoint instead of the last; always so after early stopping.
       early_stopping_patience: stop after so many evaluations in a row without improvement.
@@ -64,7 +69,7 @@ class TrainSection:
     eval_on_start: bool = False
     save_steps: int = 500
     save_total_limit: int = 2
-    metric_for_best_model: str = "eval_loss"
+    metric_for_best_model: str | None = None
     greater_is_better: bool | None = None
     load_best_model_at_end: bool = False
     early_stopping_patience: int | None = None
@@ -112,6 +117,68 @@ class LogSection:
 
 
 @dataclass(frozen=True)
+class RewardSection:
+    """One reward of a rollout: a function or a reward model.
+
+    Attributes:
+      name: key in `REWARD_FUNCTIONS`, `package.module:function` or `path/to/file.py:function`.
+      model: a Hugging Face folder with a score head, or `<stage>.reward` of an earlier stage, instead of a function.
+      weight: of this reward in the sum.
+      options: hyper-parameters of the function.
+    """
+
+    name: str | None = None
+    model: str | None = None
+    weight: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        """Raises ValueError on a reward that is neither or both."""
+        if (self.name is None) == (self.model is None):
+            raise ValueError("a reward has either `name` (a function) or `model`")
+        if self.model is not None and self.options:
+            raise ValueError("options are for functions: a reward model takes none")
+
+
+@dataclass(frozen=True)
+class RolloutSection:
+    """How completions are drawn and scored, for methods that learn from their own.
+
+    Temperature, completions per prompt and the longest completion belong to the method (`method.temperature`,
+    `method.num_generations`, `method.max_completion_length`): its loss needs them too.
+
+    Attributes:
+      rewards: at least one, each as `RewardSection`.
+      top_k: how many of the most probable tokens may be drawn; 0 = all.
+      top_p: share of the probability that the most probable tokens must reach; 1 = all.
+      min_p: least probability of a token, as a share of the most probable one's; 0 = all.
+      repetition_penalty: against tokens that were there before; 1 = off.
+      min_new_tokens: tokens drawn before a completion may end.
+      stop: strings that end a completion, looked for after it was drawn.
+      slots: completions drawn at the same time, over all devices; None = all.
+      refill: how many slots must be free before they take new completions; None = a quarter of them.
+      cache_dtype: of cached keys and values; None = that of computation.
+      reward_timeout: seconds that the reward functions may take for a rollout.
+      on_reward_error: `raise`, or `none`: what a reward function fails at gets no score.
+      eval_prompts: how many prompts of the evaluation data are answered; None = all.
+    """
+
+    rewards: tuple[RewardSection, ...] = ()
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    slots: int | None = None
+    refill: int | None = None
+    cache_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    reward_timeout: float = 60.0
+    on_reward_error: Literal["raise", "none"] = "raise"
+    eval_prompts: int | None = None
+
+
+@dataclass(frozen=True)
 class ExportSection:
     """The Hugging Face folder at the end of a stage.
 
@@ -151,6 +218,7 @@ class Stage:
       data: the examples.
       method_name: key in `METHODS`.
       method: that method's Config.
+      rollout: sampling and rewards, of online methods.
       optimizer: the optimiser.
       mesh: the devices.
       train: steps and portions.
@@ -163,6 +231,7 @@ class Stage:
     data: DataConfig
     method_name: str
     method: Any
+    rollout: RolloutSection
     optimizer: optimizer.Config
     mesh: MeshConfig
     train: TrainSection

@@ -79,8 +79,8 @@ class Batch:
       rows: `TokenRows` of shape `[micro, rows, length]`.
       predictions: `Predictions` of shape `[micro, rows, predictions]`; completion numbers are local to a micro-batch.
       present: float32 `[micro, completions]`, 1 where the completion exists (a last batch may not fill its places).
-      fields: further inputs of a loss by name; float32, either per prediction (`[micro, rows, predictions]`, for
-        example `ref_logps`) or per completion (`[micro, completions]`).
+      fields: further inputs of a loss by name; float32, per prediction (`[micro, rows, predictions]`, for example
+        `ref_logps`), per completion (`[micro, completions]`), or a number of the whole batch, repeated (`[micro]`).
     """
 
     rows: TokenRows
@@ -92,7 +92,7 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Samples:
-    """Completions drawn by the sampler, one row per prompt.
+    """Completions drawn by the sampler: those of prompt i in the rows `i * num_generations` and on.
 
     Attributes:
       tokens: int32 `[n, max_new_tokens]`, the EOS or the end of a stop sequence included; 0 past `lengths`.
@@ -101,6 +101,9 @@ class Samples:
       sampler_logps: float32 `[n, max_new_tokens]`, log-prob under the temperature-scaled distribution, no truncation.
       log_mass: float32 `[n, max_new_tokens]`, log of the probability mass that truncation kept: the token was drawn
         with log-prob `sampler_logps - log_mass`.
+      counters: int32 scalars that say what the loop did: `prompts_read` (prefills, one per prompt), `refills` (times a
+        finished slot took another completion), `decode_steps`, and `drawn` (tokens; over `decode_steps * slots` it is
+        how full the slots were). On a mesh they are sums over its shards, `decode_steps` the common number.
     """
 
     tokens: Array
@@ -108,6 +111,51 @@ class Samples:
     finish: Array
     sampler_logps: Array
     log_mass: Array
+    counters: Mapping[str, Array] = field(default_factory=dict)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Experience:
+    """A rollout: prompts, their completions and what is known of them; numpy, the same shapes in every rollout.
+
+    Completion c belongs to prompt `c // (n / prompts)`: groups lie together and have one size.
+
+    Attributes:
+      prompts: int32 `[prompts, width]`, right-padded.
+      prompt_lengths: int32 `[prompts]`.
+      examples: int64 `[prompts]`, numbers of the examples in the data set.
+      tokens: int32 `[n, steps]`, this and the next two as in `Samples`.
+      lengths: int32 `[n]`.
+      finish: int32 `[n]`.
+      scores: float64 `[n, rewards]`; NaN = none.
+      fields: float32 `[n, steps]` by name, per token: `sampler_logps`, `old_logps`, `ref_logps`, `advantages`,
+        `values`, ...; 0 past `lengths`.
+    """
+
+    prompts: np.ndarray
+    prompt_lengths: np.ndarray
+    examples: np.ndarray
+    tokens: np.ndarray
+    lengths: np.ndarray
+    finish: np.ndarray
+    scores: np.ndarray
+    fields: dict[str, np.ndarray]
+
+    @property
+    def num_generations(self) -> int:
+        """Completions per prompt."""
+        return len(self.tokens) // len(self.prompts)
+
+    @property
+    def groups(self) -> np.ndarray:
+        """int `[n]`, number of each completion's prompt."""
+        return np.arange(len(self.tokens)) // self.num_generations
+
+    @property
+    def mask(self) -> np.ndarray:
+        """bool `[n, steps]`, where there is a token."""
+        return np.arange(self.tokens.shape[1])[None] < self.lengths[:, None]
 
 
 @jax.tree_util.register_dataclass

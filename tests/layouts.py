@@ -59,6 +59,27 @@ def ragged_pairs(count: int, seed: int = 0, prompt: int = 40, completion: int = 
     return pairs
 
 
+def ragged_rankings(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
+    """2 to 7 ranked completions per prompt, of very different lengths, with ties and margins; a single pair first."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for i in range(count):
+        k = 2 if i == 0 else int(rng.integers(2, 8))
+        sizes = 1 + (20 * rng.random(k) ** 2).astype(np.int32)
+        ranks = rng.integers(0, 4, k).astype(np.int32)
+        ranks[:2] = rng.permutation([0, 3])  # at least one pair
+        examples.append(
+            {
+                "prompt_ids": rng.integers(1, VOCAB, 1 + int(30 * rng.random())).astype(np.int32),
+                "completion_ids": rng.integers(1, VOCAB, int(sizes.sum())).astype(np.int32),
+                "sizes": sizes,
+                "ranks": ranks,
+                "margins": rng.random(k).astype(np.float32),
+            }
+        )
+    return examples
+
+
 def ragged_texts(count: int, seed: int = 0, longest: int = 60) -> list[dict[str, np.ndarray]]:
     """Texts with several stretches of targets, as multi-turn chats have."""
     rng = np.random.default_rng(seed)

@@ -19,6 +19,7 @@ from jaxalign.cli import app
 from jaxalign.config import FOREIGN_NAMES, SECTIONS
 from jaxalign.losses import PREFERENCE_LOSSES
 from jaxalign.methods import METHODS
+from jaxalign.methods.common import trains_scores
 from jaxalign.sections import CompareSection
 from jaxalign.training.loop import TIMINGS
 from jaxalign.training.optimizer import Config, make_optimizer
@@ -197,7 +198,9 @@ def test_foreign_names_are_documented():
     assert {name for theirs, _ in rows for name in names(theirs)} == set(FOREIGN_NAMES)
 
 
-@pytest.mark.parametrize(("method", "examples"), [("sft", ragged_texts), ("preference", ragged_pairs)])
+@pytest.mark.parametrize(
+    ("method", "examples"), [("sft", ragged_texts), ("preference", ragged_pairs), ("reward", ragged_pairs)]
+)
 def test_every_metric_is_documented(method: str, examples: Callable):
     text = (ROOT / "docs" / "metrics.md").read_text()
     shared, own = table(text, "Every method"), table(text, f"`{method}`")
@@ -214,7 +217,8 @@ def test_every_timing_is_documented():
 
 def logged(method: Any, examples: list) -> set[str]:
     """Names of a step's metrics."""
-    model, variables = tiny_model()
+    heads: dict[str, Any] = {"lm_head": False, "score_head": True} if trains_scores(method) else {}
+    model, variables = tiny_model(**heads)
     optimizer, schedule = make_optimizer(Config(), 1)
 
     def step(variables):

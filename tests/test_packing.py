@@ -35,6 +35,31 @@ def test_a_pair_by_hand():
     np.testing.assert_array_equal(batch.present, [[1, 1]])
 
 
+def test_completions_that_are_read_by_hand():
+    ranked = Document(
+        np.array([5, 6]),
+        (np.array([8, 9]), np.array([3]), np.array([4, 2, 1])),
+        fields={"ranks": (np.array([1.0]), np.array([0.0]), np.array([2.0]))},
+        read_last=True,
+    )
+    batch = pack([ranked, document(1, 1)], completions=4, length=12, micro_batch_size=1)
+    np.testing.assert_array_equal(batch.rows.tokens[0, 0], [5, 6, 8, 9, 3, 4, 2, 1, 0, 0, 0, 0])
+    np.testing.assert_array_equal(batch.rows.positions[0, 0, :8], [0, 1, 2, 3, 2, 2, 3, 4])
+    np.testing.assert_array_equal(batch.rows.branches[0, 0, :8], [0, 0, 1, 1, 2, 3, 3, 3])
+    np.testing.assert_array_equal(batch.predictions.sources[0, 0, :3], [3, 4, 7])
+    np.testing.assert_array_equal(batch.predictions.completions[0, 0, :4], [0, 1, 2, -1])
+    np.testing.assert_array_equal(batch.fields["ranks"][0, 0, :3], [1, 0, 2])
+    np.testing.assert_array_equal(batch.present, [[1, 1, 1, 0], [1, 0, 0, 0]])
+    apart = pack([ranked], completions=4, length=5, share_prompt=False)
+    np.testing.assert_array_equal(apart.present, [[1, 1, 1, 0]])
+    rows, asked = apart.rows, apart.predictions
+    read = {
+        int(asked.completions[0, r, i]): rows.tokens[0, r, : asked.sources[0, r, i] + 1].tolist()
+        for r, i in zip(*np.nonzero(asked.completions[0] >= 0), strict=True)
+    }
+    assert read == {0: [5, 6, 8, 9], 1: [5, 6, 3], 2: [5, 6, 4, 2, 1]}
+
+
 def test_a_plain_document_by_hand():
     chat = Document(np.array([4, 5, 6, 7, 8, 9]), targets=np.array([False, False, True, True, False, False]))
     batch = pack([chat], completions=1, length=4)

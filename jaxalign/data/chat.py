@@ -10,6 +10,7 @@ rendered and tokenised; the first must be a prefix of the second, and the comple
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from jaxalign.data.tokenizer import leading_tokens
 
 Tokens = list[int]
 MARKS = re.compile(r"\{%[-+]?\s*generation\b")
+COMPLETIONS = ("text", "messages", "completion", "chosen", "rejected")  # columns of what follows a prompt, or is all
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -33,7 +35,7 @@ class Encoded:
 
     Attributes:
       arrays: int32 `[tokens]` by name: `input_ids` and bool `loss_mask` (`sft`); `prompt_ids`, `chosen_ids` and
-        `rejected_ids` (`preference`); `prompt_ids` (`prompt`).
+        `rejected_ids` (`preference`); `prompt_ids` (`prompt`); for `ranking` see `encode`.
       targets: tokens in the loss mask; 0 unless `sft`.
       cut: tokens that truncation removed.
       key: hash of the prompt, see `formats.prompt_key`.
@@ -60,12 +62,14 @@ def encode(
     Args:
       tokenizer: with its EOS token, and for messages its chat template (see `tokenizer.prepare`).
       row: columns of any form that serves `kind`; `tools` and `chat_template_kwargs` go to the template.
-      kind: `sft`, `preference` or `prompt`.
+      kind: `sft`, `preference`, `ranking` or `prompt`.
       config: lengths, truncation and what to train on.
 
     Returns:
       int32 arrays `[tokens]`. `sft`: `input_ids`, and bool `loss_mask`, True where a token is a target (never index 0).
-      `preference`: `prompt_ids`, `chosen_ids`, `rejected_ids`. `prompt`: `prompt_ids`.
+      `preference`: `prompt_ids`, `chosen_ids`, `rejected_ids`. `prompt`: `prompt_ids`. `ranking`: `prompt_ids`,
+      `completion_ids` (all completions end to end), and per completion int32 `sizes`, int32 `ranks` (0 = best) and
+      float32 `margins` (see `formats.normalise`).
 
     Raises:
       Bad: this row cannot be used.
@@ -120,22 +124,23 @@ def _render(
     if isinstance(row, Bad):
         raise row
     example = normalise(row, kind)
-    names = tuple(name for name in ("text", "messages", "completion", "chosen", "rejected") if name in example)
+    contents = {name: example[name] for name in COMPLETIONS if name in example}
+    contents |= {f"completions[{i}]": content for i, content in enumerate(example.get("completions", ()))}
     _check_options(tokenizer, example, config)
-    for name in names:
-        if _empty(example[name]):
+    for name, content in contents.items():
+        if _empty(content):
             raise Bad("empty text" if name in ("text", "messages") else "empty completion", f"`{name}` has no text")
     if "prompt" not in example:
-        texts = [_template(tokenizer, example, example[name]) for name in names]
+        texts = [_template(tokenizer, example, content) for content in contents.values()]
     else:
         if not example["prompt"] and conversational(example):
             raise Bad("empty prompt", "`prompt` has no messages")
         texts = [_template(tokenizer, example, example["prompt"], add_generation_prompt=True)]
-        texts += [_template(tokenizer, example, example["prompt"] + example[name]) for name in names]
+        texts += [_template(tokenizer, example, example["prompt"] + content) for content in contents.values()]
     for text in texts:
         if not _encodable(text):
             raise Bad("wrong text", "half of a surrogate pair (\\ud800 to \\udfff), which is no character")
-    return _Rendered(example, tuple(texts), names)
+    return _Rendered(example, tuple(texts), tuple(contents))
 
 
 def _template(
@@ -200,6 +205,32 @@ def _sft(tokenizer: PreTrainedTokenizerFast, item: _Rendered, ids: list[Tokens],
 
 
 def _preference(tokenizer: PreTrainedTokenizerFast, item: _Rendered, ids: list[Tokens], config: DataConfig) -> Encoded:
+    prompt, (chosen, rejected), cut = _branches(tokenizer, item, ids, config, (0, 1))
+    arrays = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+    return Encoded(arrays, 0, cut, prompt_key(item.example))
+
+
+def _ranking(tokenizer: PreTrainedTokenizerFast, item: _Rendered, ids: list[Tokens], config: DataConfig) -> Encoded:
+    ranks = np.asarray(item.example["ranks"], np.int32)
+    prompt, completions, cut = _branches(tokenizer, item, ids, config, ranks.tolist())
+    arrays = {
+        "prompt_ids": prompt,
+        "completion_ids": np.concatenate(completions),
+        "sizes": np.asarray([len(each) for each in completions], np.int32),
+        "ranks": ranks,
+        "margins": np.asarray(item.example["margins"], np.float32),
+    }
+    return Encoded(arrays, 0, cut, prompt_key(item.example))
+
+
+def _branches(
+    tokenizer: PreTrainedTokenizerFast,
+    item: _Rendered,
+    ids: list[Tokens],
+    config: DataConfig,
+    ranks: Sequence[int],
+) -> tuple[np.ndarray, list[np.ndarray], int]:
+    """A prompt and its completions as they fit, and how many tokens were cut; completions of one rank may be equal."""
     prompt, plain = ids[0], not conversational(item.example)
     completions = []
     for name, full in zip(item.names, ids[1:], strict=True):
@@ -207,13 +238,13 @@ def _preference(tokenizer: PreTrainedTokenizerFast, item: _Rendered, ids: list[T
         completions.append(_completion(tokenizer, plain, prompt, full, name))
     fit = _fit(len(prompt), max(map(len, completions)), _bos(tokenizer, prompt), config)
     prompt_ids = np.asarray(prompt, np.int32)[fit[fit < len(prompt)]]
-    chosen, rejected = (np.asarray(c, np.int32)[: (fit >= len(prompt)).sum()] for c in completions)
-    cut = len(prompt) + sum(map(len, completions)) - len(prompt_ids) - len(chosen) - len(rejected)
-    if np.array_equal(chosen, rejected):
-        until = f" up to max_length={config.max_length}" if cut else ""
-        raise Bad("identical pair", f"chosen and rejected are the same tokens{until}")
-    arrays = {"prompt_ids": prompt_ids, "chosen_ids": chosen, "rejected_ids": rejected}
-    return Encoded(arrays, 0, cut, prompt_key(item.example))
+    kept = [np.asarray(each, np.int32)[: (fit >= len(prompt)).sum()] for each in completions]
+    cut = len(prompt) + sum(map(len, completions)) - len(prompt_ids) - sum(map(len, kept))
+    for i, j in itertools.combinations(range(len(kept)), 2):
+        if ranks[i] != ranks[j] and np.array_equal(kept[i], kept[j]):
+            until = f" up to max_length={config.max_length}" if cut else ""
+            raise Bad("identical pair", f"{item.names[i]} and {item.names[j]} are the same tokens{until}")
+    return prompt_ids, kept, cut
 
 
 def _prompt(tokenizer: PreTrainedTokenizerFast, item: _Rendered, ids: list[Tokens], config: DataConfig) -> Encoded:
@@ -225,7 +256,7 @@ def _prompt(tokenizer: PreTrainedTokenizerFast, item: _Rendered, ids: list[Token
     return Encoded({"prompt_ids": kept}, 0, len(ids[0]) - len(kept), prompt_key(item.example))
 
 
-ENCODERS = {"sft": _sft, "preference": _preference, "prompt": _prompt}
+ENCODERS = {"sft": _sft, "preference": _preference, "ranking": _ranking, "prompt": _prompt}
 
 
 def _completion(tokenizer: PreTrainedTokenizerFast, plain: bool, prompt: Tokens, full: Tokens, name: str) -> Tokens:

@@ -26,6 +26,7 @@ ENCODING = "1"  # part of every cache key: raise it when the same row gives othe
 ARRAYS = {
     "sft": ("input_ids", "loss_mask"),
     "preference": ("prompt_ids", "chosen_ids", "rejected_ids"),
+    "ranking": ("prompt_ids", "completion_ids", "sizes", "ranks", "margins"),
     "prompt": ("prompt_ids",),
 }
 # What decides the tokens of a row, besides the row and the tokenizer.
@@ -88,9 +89,11 @@ class Examples:
     def lengths(self) -> dict[str, np.ndarray]:
         """Tokens per example, int64 `[examples]`: `prompt`, `completion` or `chosen` and `rejected`, `total`.
 
-        `sft`: `completion` counts the targets and `prompt` the rest. `total` counts a shared prompt once.
+        `sft`: `completion` counts the targets and `prompt` the rest. `ranking`: `completion` counts all completions.
+        `total` counts a shared prompt once.
         """
-        parts = {name.removesuffix("_ids"): ragged.lengths[self.index] for name, ragged in self.arrays.items()}
+        tokens = {name: ragged for name, ragged in self.arrays.items() if name.endswith("_ids")}
+        parts = {name.removesuffix("_ids"): ragged.lengths[self.index] for name, ragged in tokens.items()}
         if "input" in parts:
             targets = self.columns["targets"][self.index].astype(np.int64)
             return {"prompt": parts["input"] - targets, "completion": targets, "total": parts["input"]}
@@ -161,7 +164,7 @@ def load(config: DataConfig, tokenizer: PreTrainedTokenizerFast, kind: str, pack
     Args:
       config: what to read and how to encode it.
       tokenizer: left as it is; see `tokenizer.prepare`.
-      kind: `sft`, `preference` or `prompt`.
+      kind: `sft`, `preference`, `ranking` or `prompt`.
       packing: measures of packing for the report, see `checks.check`.
 
     Raises:
@@ -199,7 +202,7 @@ def encode_rows(rows: Rows, tokenizer: PreTrainedTokenizerFast, kind: str, confi
     Args:
       rows: from `reading.read`.
       tokenizer: prepared, see `tokenizer.prepare`.
-      kind: `sft`, `preference` or `prompt`.
+      kind: `sft`, `preference`, `ranking` or `prompt`.
       config: lengths, truncation and what to train on.
 
     Raises:
@@ -280,7 +283,7 @@ def _features(kind: str) -> datasets.Features:
 
 
 def _stored_type(name: str) -> str:
-    return "uint8" if name.endswith("mask") else "int32"
+    return "uint8" if name.endswith("mask") else "float32" if name == "margins" else "int32"
 
 
 def _as_mask(name: str, values: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,13 +13,16 @@ from typing import Any
 FORMS: dict[str, dict[str, tuple[str, ...]]] = {
     "sft": {"prompt-completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)},
     "preference": {"preference": ("chosen", "rejected")},
+    "ranking": {"preference": ("chosen", "rejected"), "ranking": ("prompt", "completions")},
     "prompt": {"prompt-only": ("prompt",)},
 }
 NEEDS = {
     "sft": "`prompt` and `completion`, or `messages`, or `text`",
     "preference": "`chosen` and `rejected`, with or without `prompt`",
+    "ranking": "`chosen` and `rejected`, with or without `prompt`, or `prompt` and `completions`",
     "prompt": "`prompt`",
 }
+MOST_COMPLETIONS = 7  # of one prompt in ranked data
 
 
 class Bad(ValueError):
@@ -107,18 +111,26 @@ def form_of(row: Mapping[str, Any], kind: str) -> str:
 def normalise(row: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """A row as its form's columns alone, checked, with an explicit prompt.
 
+    For `ranking`, a row is a pair (`chosen`, `rejected`, and perhaps `margin`, the number by which the chosen score
+    should exceed the other, 0 by default), or one `prompt` with 2 to 7 `completions`: the best first, or in any order
+    with `ranks` (numbers, 1 is best) or `scores` (numbers, the higher the better). Equal ranks or scores make no pair.
+
     Args:
       row: columns by name; extra ones are left out.
-      kind: `sft`, `preference` or `prompt`.
+      kind: `sft`, `preference`, `ranking` or `prompt`.
 
     Returns:
       `{text}`, `{messages}`, `{prompt}`, `{prompt, completion}` or `{prompt, chosen, rejected}`, all strings or all
-      lists of `{role, content}` messages; besides `tools` (list or None) and `chat_template_kwargs` (dict).
+      lists of `{role, content}` messages; besides `tools` (list or None) and `chat_template_kwargs` (dict). `ranking`
+      gives `{prompt, completions}` (a list of such texts or lists) or `{prompt, chosen, rejected}`, either with `ranks`
+      (per completion, int from 0 = best) and `margins` (per completion, float: its lead over those ranked below).
 
     Raises:
       Bad: a column is missing or of the wrong type, or the prompt is repeated in the completions.
     """
     form = form_of(row, kind)
+    if form == "ranking":
+        return {**_ranked(row), "tools": _tools(row.get("tools")), "chat_template_kwargs": _kwargs(row)}
     example = {name: _content(row[name], name) for name in FORMS[kind][form]}
     if form == "preference":
         example = _with_prompt(row, example)
@@ -127,6 +139,9 @@ def normalise(row: Mapping[str, Any], kind: str) -> dict[str, Any]:
     if len({isinstance(value, str) for value in example.values()}) > 1:
         kinds = ", ".join(f"`{k}` is {'text' if isinstance(v, str) else 'messages'}" for k, v in example.items())
         raise Bad("mixed forms", f"{kinds}; all must be text or all messages")
+    if kind == "ranking":
+        margin = 0.0 if row.get("margin") is None else _numbers([row["margin"]], "margin")[0]
+        example |= {"ranks": [0, 1], "margins": [margin, 0.0]}
     return {**example, "tools": _tools(row.get("tools")), "chat_template_kwargs": _kwargs(row)}
 
 
@@ -180,6 +195,42 @@ def _with_prompt(row: Mapping[str, Any], example: dict[str, Any]) -> dict[str, A
             "repeated prompt", "chosen and rejected begin with the messages of `prompt`; leave one of the two away"
         )
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _ranked(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A prompt with several completions, their ranks and margins."""
+    prompt, listed = _content(row["prompt"], "prompt"), row["completions"]
+    if not isinstance(listed, list):
+        raise Bad("wrong type", f"`completions` is {_name(listed)}; a list of texts or of lists of messages expected")
+    if not 2 <= len(listed) <= MOST_COMPLETIONS:
+        raise Bad("wrong number", f"{len(listed)} `completions`; 2 to {MOST_COMPLETIONS} can be ranked")
+    completions = [_content(each, f"completions[{i}]") for i, each in enumerate(listed)]
+    if len({isinstance(each, str) for each in (prompt, *completions)}) > 1:
+        raise Bad("mixed forms", "`prompt` and all of `completions` must be text, or all messages")
+    if not isinstance(prompt, str) and prompt and all(each[: len(prompt)] == prompt for each in completions):
+        raise Bad("repeated prompt", "the completions begin with the messages of `prompt`; leave one of the two away")
+    given = [name for name in ("ranks", "scores") if row.get(name) is not None]
+    if len(given) > 1:
+        raise Bad("ambiguous ranking", "there are `ranks` and `scores`; leave one of the two away")
+    if not given and row.get("labels") is not None:
+        raise Bad("ambiguous ranking", "`completions` with `labels` are steps, not a ranking; `ranks` or `scores` rank")
+    values = _numbers(row[given[0]], given[0]) if given else [float(i) for i in range(len(listed))]
+    if len(values) != len(listed):
+        raise Bad("wrong number", f"{len(values)} `{given[0]}` for {len(listed)} `completions`")
+    order = sorted(set(values), reverse=given == ["scores"])
+    if len(order) < 2:
+        raise Bad("no pair", f"all `{given[0]}` are equal, so nothing is better than anything")
+    ranks = [order.index(value) for value in values]
+    return {"prompt": prompt, "completions": completions, "ranks": ranks, "margins": [0.0] * len(ranks)}
+
+
+def _numbers(values: Any, name: str) -> list[float]:
+    if not isinstance(values, list):
+        raise Bad("wrong type", f"`{name}` is {_name(values)}; a list of numbers expected")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+            raise Bad("wrong type", f"`{name}` is or holds {_name(value)}; a finite number expected")
+    return [float(value) for value in values]
 
 
 def _word_boundary(a: str, b: str, common: int) -> int:

@@ -88,7 +88,7 @@ def read(config: DataConfig, kind: str, *, evaluation: bool = False) -> Rows:
 
     Args:
       config: what to read.
-      kind: `sft`, `preference` or `prompt`: decides which columns must be there.
+      kind: `sft`, `preference`, `ranking` or `prompt`: decides which columns must be there.
       evaluation: read the evaluation data.
 
     Raises:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxalign.evaluation.rules import RULES, mentions
 from jaxalign.models import Model
-from jaxalign.sampling import Config, make_generate, sample_prompts, truncate_at
+from jaxalign.sampling import Config, make_decoding, make_generate, sample_prompts, truncate_at
 from jaxalign.types import Samples, Variables
 
 
@@ -26,23 +26,20 @@ class Decoder(Protocol):
 Answer = Callable[[Variables, Sequence[Sequence[int]]], list[str]]
 
 
-def make_answer(
-    model: Model, tokenizer: Decoder, config: Config, *, batch_size: int = 16, seed: int = 0, stop: Sequence[str] = ()
-) -> Answer:
+def make_answer(model: Model, tokenizer: Decoder, config: Config, *, seed: int = 0, stop: Sequence[str] = ()) -> Answer:
     """`(variables, prompts) -> texts`; compiled programs are kept for the next call.
 
     Args:
       model: the model.
       tokenizer: turns ids into text.
       config: how answers are drawn.
-      batch_size: prompts decoded together.
       seed: of the draw.
       stop: strings that cut a text.
     """
-    generate = jax.jit(make_generate(model, config))
+    generate, decoding = jax.jit(make_generate(model, config)), make_decoding(model)
 
     def answer(variables: Variables, prompts: Sequence[Sequence[int]]) -> list[str]:
-        samples = sample_prompts(generate, variables, prompts, jax.random.key(seed), batch_size=batch_size)
+        samples = sample_prompts(generate, decoding(variables), prompts, jax.random.key(seed))
         return texts(tokenizer, samples, stop)
 
     return answer

@@ -1,18 +1,88 @@
 """Pure losses: arrays in, unreduced arrays out."""
 
+from jaxalign.losses.advantages import (
+    ADVANTAGES,
+    batch_advantages,
+    discounted_returns,
+    gae,
+    group_advantages,
+    leave_one_out_advantages,
+    length_mask,
+    normalize_then_sum,
+    overlong_penalty,
+    sum_scores,
+    token_rewards,
+    unscaled_advantages,
+    whiten,
+    without_signal,
+)
+from jaxalign.losses.aggregation import (
+    AGGREGATIONS,
+    Aggregation,
+    Counts,
+    aggregate,
+    count_batch,
+    spread_by_completion,
+)
+from jaxalign.losses.kl import KL_ESTIMATORS, bias_corrected, prob_ratios, update_kl_coef
 from jaxalign.losses.masking import by_step, count_by_completion, mean_by_completion, ratio, sum_by_completion
+from jaxalign.losses.policy import (
+    CISPO_BOUNDS,
+    POLICY_LOSSES,
+    RATIO_LEVELS,
+    PolicyTerms,
+    clip_metrics,
+    policy_options,
+)
 from jaxalign.losses.preference import PREFERENCE_LOSSES, PreferenceLogps
+from jaxalign.losses.reward import RankingTerms, bradley_terry, ranking
 from jaxalign.losses.tokens import TokenStatistics, token_logps, token_statistics
+from jaxalign.losses.value import ValueTerms, value_loss
 
 __all__ = [
+    "ADVANTAGES",
+    "AGGREGATIONS",
+    "CISPO_BOUNDS",
+    "KL_ESTIMATORS",
+    "POLICY_LOSSES",
     "PREFERENCE_LOSSES",
+    "RATIO_LEVELS",
+    "Aggregation",
+    "Counts",
+    "PolicyTerms",
     "PreferenceLogps",
+    "RankingTerms",
     "TokenStatistics",
+    "ValueTerms",
+    "aggregate",
+    "batch_advantages",
+    "bias_corrected",
+    "bradley_terry",
     "by_step",
+    "clip_metrics",
+    "count_batch",
     "count_by_completion",
+    "discounted_returns",
+    "gae",
+    "group_advantages",
+    "leave_one_out_advantages",
+    "length_mask",
     "mean_by_completion",
+    "normalize_then_sum",
+    "overlong_penalty",
+    "policy_options",
+    "prob_ratios",
+    "ranking",
     "ratio",
+    "spread_by_completion",
     "sum_by_completion",
+    "sum_scores",
     "token_logps",
+    "token_rewards",
     "token_statistics",
+    "unscaled_advantages",
+    "update_kl_coef",
+    "value_loss",
+    "whiten",
+    "without_signal",
 ]

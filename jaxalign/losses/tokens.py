@@ -16,7 +16,7 @@ class TokenStatistics(NamedTuple):
     """What a loss or a metric needs to know of each prediction's distribution; float32 `[rows, predictions]` each.
 
     Attributes:
-      logps: log-probability of the target. Differentiable; the others are not.
+      logps: log-probability of the target. Differentiable; the others are not, save for the entropy on request.
       entropy: `-sum_v p log p`, in nats.
       hits: 1 where no token is more probable than the target.
       mean_logits: mean over the vocabulary of the raw logits.
@@ -64,6 +64,7 @@ def token_statistics(
     *,
     temperature: float = 1.0,
     chunk: int = 128,
+    entropy_gradient: bool = False,
 ) -> TokenStatistics:
     """Statistics of each prediction; no `[rows, length, vocab]` array exists at any time.
 
@@ -73,6 +74,7 @@ def token_statistics(
       predictions: what is asked; padding gives finite numbers that nobody may read.
       temperature: divides the logits, save for `mean_logits`.
       chunk: predictions per row whose logits exist at once.
+      entropy_gradient: let gradients flow through the entropy, for a loss that it is a term of.
     """
 
     def statistics(part):
@@ -85,7 +87,8 @@ def token_statistics(
         exps = jnp.exp(shifted)
         total = exps.sum(-1)
         log_sum = jnp.log(total)
-        entropy = jax.lax.stop_gradient(log_sum - (exps * shifted).sum(-1) / total)
+        entropy = log_sum - (exps * shifted).sum(-1) / total
+        entropy = entropy if entropy_gradient else jax.lax.stop_gradient(entropy)
         hits = jax.lax.stop_gradient(chosen >= most).astype(jnp.float32)
         return TokenStatistics(taken - log_sum, entropy, hits, jax.lax.stop_gradient(raw).mean(-1))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -40,10 +41,35 @@ def start(
     return init_state(params, optimizer, key), frozen
 
 
-def read(model: Model, variables: Variables, batch: Batch, key: jax.Array | None, chunk: int) -> TokenStatistics:
+def read(
+    model: Model, variables: Variables, batch: Batch, key: jax.Array | None, chunk: int, *, temperature: float = 1.0
+) -> TokenStatistics:
     """Runs the model on a micro-batch and the head where its predictions ask."""
     hidden, _, _ = model.apply(variables, batch.rows, key=key)
-    return token_statistics(partial(model.logits, variables), hidden, batch.predictions, chunk=chunk)
+    logits = partial(model.logits, variables)
+    return token_statistics(logits, hidden, batch.predictions, temperature=temperature, chunk=chunk)
+
+
+def make_logps(model: Model, chunk: int, *, temperature: float = 1.0) -> Callable[[Variables, Batch], jax.Array]:
+    """`(variables, batch) -> token_logps`, float32 `[micro, rows, predictions]`: a pass without gradients."""
+
+    def logps(variables: Variables, batch: Batch) -> jax.Array:
+        def one(micro_batch: Batch) -> jax.Array:
+            return read(model, variables, micro_batch, None, chunk, temperature=temperature).logps
+
+        return jax.lax.map(one, replace(batch, fields={}))
+
+    return logps
+
+
+def trains_scores(method: ModuleType) -> bool:
+    """Whether a method trains a score head (`SCORES`) instead of an LM head."""
+    return getattr(method, "SCORES", False)
+
+
+def is_online(method: ModuleType) -> bool:
+    """Whether a method learns from its own completions (`ONLINE`) instead of a data set's."""
+    return getattr(method, "ONLINE", False)
 
 
 def masked_mean(x: Array, mask: Array) -> Mean:

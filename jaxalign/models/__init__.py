@@ -3,6 +3,7 @@
 from jaxalign.models.config import ModelConfig, Rope
 from jaxalign.models.export import save
 from jaxalign.models.families import FAMILIES
+from jaxalign.models.heads import add_score_head, drop_score_head
 from jaxalign.models.identity import end_ids, fingerprint
 from jaxalign.models.pretrained import load, load_config, load_tokenizer
 from jaxalign.models.transformer import Cache, Model, build, init_cache
@@ -13,7 +14,9 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Rope",
+    "add_score_head",
     "build",
+    "drop_score_head",
     "end_ids",
     "fingerprint",
     "init_cache",

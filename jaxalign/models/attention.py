@@ -18,7 +18,7 @@ class Keys(NamedTuple):
     """Keys that a query may look at.
 
     Attributes:
-      key: `[rows, keys, kv_heads, head_dim]`.
+      key: `[rows, kv_heads, keys, head_dim]`: by head, as products want them, so that a cache is never transposed.
       value: the same shape.
       mask: bool `[rows, queries, keys]`.
     """
@@ -69,15 +69,14 @@ def attend(
       sees nothing gets a finite value that nobody reads.
     """
     rows, queries, heads, head_dim = query.shape
-    kv_heads = keys[0].key.shape[2]
+    kv_heads = keys[0].key.shape[1]
     # Heads of one group lie beside each other as further queries: every product is then a plain batched one.
     grouped = (query * scale).reshape(rows, queries, kv_heads, heads // kv_heads, head_dim)
     grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads, -1, head_dim)
-    by_head = tuple(Keys(each.key.swapaxes(1, 2), each.value.swapaxes(1, 2), each.mask) for each in keys)
     if len(keys) == 1 and not dropout:
-        mixed = _attend_once(grouped, *by_head[0])
+        mixed = _attend_once(grouped, *keys[0])
     else:
-        mixed = _attend_many(grouped, by_head, dropout, dropout_key)
+        mixed = _attend_many(grouped, keys, dropout, dropout_key)
     mixed = mixed.reshape(rows, kv_heads, heads // kv_heads, queries, head_dim)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(query.shape)
 

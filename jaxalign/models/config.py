@@ -53,6 +53,9 @@ class ModelConfig:
       output_bias: bias of the attention's output projection.
       mlp_bias: bias of the feed-forward projections.
       tie_embeddings: the head is the transposed embedding table.
+      lm_head: there is an LM head, of its own or tied; a reward or value model has none.
+      score_head: there is a linear head with one output, `Model.scores`.
+      score_bias: added to every score. Hugging Face's heads have no bias: it is kept in the config.json alone.
       dropout: rate on embeddings and on each block's two outputs; only with a key.
       attention_dropout: rate on attention probabilities; only with a key.
       bos_id: id of the token that begins a text, or None.
@@ -81,6 +84,9 @@ class ModelConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     tie_embeddings: bool = False
+    lm_head: bool = True
+    score_head: bool = False
+    score_bias: float = 0.0
     dropout: float = 0.0
     attention_dropout: float = 0.0
     bos_id: int | None = None
@@ -95,6 +101,8 @@ class ModelConfig:
             raise ValueError(f"head_dim={self.head_dim} must be even for a rotary embedding")
         if len(self.windows) != self.num_layers:
             raise ValueError(f"windows has {len(self.windows)} entries for num_layers={self.num_layers}")
+        if not self.lm_head and not self.score_head:
+            raise ValueError("a model has an LM head, a score head or both: lm_head and score_head are off")
 
 
 @dataclass(frozen=True)
@@ -136,8 +144,8 @@ def count_params(config: ModelConfig, *, embeddings: bool = True) -> int:
     attention = config.embed_dim * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
     mlp = config.embed_dim * config.mlp_dim * (3 if config.gated_mlp else 2)
     blocks = config.num_layers * (attention + mlp)
-    tables = config.vocab_size * config.embed_dim * (1 if config.tie_embeddings else 2)
-    return blocks + (tables if embeddings else 0)
+    tables = config.vocab_size * config.embed_dim * (2 if config.lm_head and not config.tie_embeddings else 1)
+    return blocks + (tables + config.score_head * config.embed_dim if embeddings else 0)
 
 
 def forward_flops(config: ModelConfig, tokens: int, attended: int, predictions: int) -> int:
@@ -147,8 +155,8 @@ def forward_flops(config: ModelConfig, tokens: int, attended: int, predictions: 
       config: the model.
       tokens: tokens that run through the blocks.
       attended: sum over these tokens of the keys that each attends to.
-      predictions: tokens on which the LM head runs.
+      predictions: tokens on which the heads run.
     """
     scores = 4 * config.num_layers * config.num_heads * config.head_dim * attended
-    head = 2 * config.vocab_size * config.embed_dim * predictions
+    head = 2 * (config.lm_head * config.vocab_size + config.score_head) * config.embed_dim * predictions
     return 2 * count_params(config, embeddings=False) * tokens + scores + head

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.families import Tensor, tensors, to_hf
+from jaxalign.models.identity import with_padding
 from jaxalign.models.tensors import file_shape, join
 from jaxalign.models.transformer import Model
 from jaxalign.types import Array, Variables
@@ -29,7 +30,7 @@ CODES: dict[ExportDType, str] = {"float32": "F32", "bfloat16": "BF16", "float16"
 MAX_SHARD_SIZE = 5_000_000_000
 CARD = """---
 {meta}library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 tags:
 {tags}
 ---
@@ -39,9 +40,9 @@ tags:
 {made}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
+model = {auto}.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
@@ -51,7 +52,18 @@ In JAX:
 import jaxalign
 
 model, variables = jaxalign.models.load("{name}")
-```
+{use}```
+"""
+SCORES = """
+
+It gives a text (a prompt with an answer, the answer's end token included) one score; the higher, the better. The score
+is read at the last token that is not the padding token (id {pad}).{bias}"""
+BIAS = """
+transformers leaves away the `score_bias` of config.json: add {bias:.6g} to its scores, which changes no ranking."""
+SCORER = """
+from jaxalign.rewards.model import make_scorer
+
+score = make_scorer(model, variables)  # lists of token ids -> scores
 """
 
 
@@ -89,6 +101,8 @@ def save(
     """Writes a Hugging Face folder: config, safetensors, tokenizer with its chat template, and a model card.
 
     Everything goes to a folder beside the target that is renamed at the end: a failed export leaves no half of one.
+    A model with a score head becomes an `AutoModelForSequenceClassification` folder with one label, and with a padding
+    token, by which transformers finds the last token (see `identity.with_padding`).
     Tensors are gathered, cast and written one at a time. On several processes, all must call this; the first writes.
 
     Args:
@@ -109,12 +123,15 @@ def save(
 
     Raises:
       FileExistsError: the target exists and `overwrite` is off.
-      ValueError: a value does not fit into float16.
+      ValueError: a value does not fit into float16; a model with both an LM head and a score head.
     """
-    folder = Path(folder)
+    folder, config = Path(folder), model.config
     if folder.exists() and not overwrite:
         raise FileExistsError(f"{folder} exists; choose another folder or set overwrite")
-    shards = _shards(_plan(model.config, variables["params"]), jnp.dtype(dtype).itemsize, max_shard_size)
+    if config.score_head:
+        config, tokenizer = with_padding(config, tokenizer)
+    hf = to_hf(config)
+    shards = _shards(_plan(config, variables["params"]), jnp.dtype(dtype).itemsize, max_shard_size)
     first = jax.process_index() == 0
     with _replaced_at_end(folder) if first else _nowhere() as place:
         for file, planned in shards.items():
@@ -122,10 +139,11 @@ def save(
         if place:
             if len(shards) > 1:
                 _write_json(place / "model.safetensors.index.json", _index(shards, dtype))
-            _write_configs(place, model.config, dtype)
+            _write_configs(place, hf, dtype)
             if tokenizer is not None:
                 tokenizer.save_pretrained(place)
-            text = card or model_card(folder.name, base_model=base_model, method=method, licence=licence)
+            scores = config if config.score_head else None
+            text = card or model_card(folder.name, base_model=base_model, method=method, licence=licence, scores=scores)
             (place / "README.md").write_text(text, encoding="utf-8")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export")
@@ -133,15 +151,33 @@ def save(
 
 
 def model_card(
-    name: str, *, base_model: str | None = None, method: str | None = None, licence: str | None = None
+    name: str,
+    *,
+    base_model: str | None = None,
+    method: str | None = None,
+    licence: str | None = None,
+    scores: ModelConfig | None = None,
 ) -> str:
-    """The text of a README.md in the Hub's form: front matter, what it is, how to load it."""
+    """The text of a README.md in the Hub's form: front matter, what it is, how to load it.
+
+    Args:
+      name: the model's.
+      base_model: see `save`.
+      method: see `save`.
+      licence: see `save`.
+      scores: of a reward or value model, its config.
+    """
     known = {"base_model": base_model, "license": licence}
     meta = "".join(f"{key}: {value}\n" for key, value in known.items() if value)
     tags = "- jaxalign" + (f"\n- {method.lower()}" if method else "")
     origin = f" from {base_model}" if base_model else ""
     made = f"Trained{origin} with {method}, using jaxalign." if method else f"Written{origin} by jaxalign."
-    return CARD.format(meta=meta, tags=tags, made=made, name=name)
+    task, auto, use = "text-generation", "AutoModelForCausalLM", ""
+    if scores is not None:
+        task, auto, use = "text-classification", "AutoModelForSequenceClassification", SCORER
+        bias = BIAS.format(bias=scores.score_bias) if scores.score_bias else ""
+        made = "A reward model. " + made + SCORES.format(pad=scores.pad_id, bias=bias)
+    return CARD.format(meta=meta, tags=tags, task=task, auto=auto, made=made, use=use, name=name)
 
 
 def _plan(config: ModelConfig, params: Mapping[str, Any]) -> list[Planned]:
@@ -224,8 +260,7 @@ def _gather(leaf: Array, repeat: int | None) -> np.ndarray:
     return np.asarray(one)
 
 
-def _write_configs(place: Path, config: ModelConfig, dtype: ExportDType) -> None:
-    hf = to_hf(config)
+def _write_configs(place: Path, hf: Mapping[str, Any], dtype: ExportDType) -> None:
     # transformers 5 reads `dtype`, version 4 `torch_dtype`.
     _write_json(place / "config.json", {**hf, "dtype": dtype, "torch_dtype": dtype})
     ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if hf[key] is not None}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxalign.models.config import ModelConfig, locate
+from jaxalign.models.heads import read_heads, write_heads
 from jaxalign.models.rope_windows import all_windowed, late_windowed, read_rope, write_late_windows, write_rope
 
 ACTIVATIONS = {
@@ -46,6 +47,7 @@ class Family:
 
     Attributes:
       architecture: class name that transformers loads.
+      classifier: class name of the same decoder with a score head.
       keys: our field -> name in Hugging Face's config.json.
       defaults: our field -> value, or function of the config.json, when that key is missing or null.
       fixed: fields that are the same for the whole family.
@@ -56,6 +58,7 @@ class Family:
     """
 
     architecture: str
+    classifier: str
     keys: Mapping[str, str]
     names: Mapping[str, tuple]
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -94,11 +97,15 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     values["activation"] = ACTIVATIONS[values["activation"]]
     values["windows"] = family.windows(hf, values["num_layers"])
     values |= {key: value(hf) if callable(value) else value for key, value in family.fixed.items()}
-    return ModelConfig(**values, **_token_ids(hf))
+    return ModelConfig(**values, **read_heads(hf), **_token_ids(hf))
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The content of a config.json that transformers (and `from_hf`) read back as the same model."""
+    """The content of a config.json that transformers (and `from_hf`) read back as the same model.
+
+    Raises:
+      ValueError: both an LM head and a score head; no class of transformers has both.
+    """
     family = FAMILIES[config.family]
     hf = {theirs: getattr(config, ours) for ours, theirs in family.keys.items()}
     hf[family.keys["activation"]] = ACTIVATION_NAMES[config.activation]
@@ -106,7 +113,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     ids = {"bos_token_id": config.bos_id, "eos_token_id": eos[0] if len(eos) == 1 else eos or None}
     return {
         "model_type": config.family,
-        "architectures": [family.architecture],
+        **write_heads(config, family.architecture, family.classifier),
         **hf,
         **({} if config.rope is None else write_rope(config.rope)),
         **family.write(config),
@@ -143,7 +150,9 @@ def _unknown(name: Any) -> str:
 def _exists(config: ModelConfig, path: tuple[str, ...]) -> bool:
     leaf = "/".join(path[-3:])
     if path[0] == "head":
-        return not config.tie_embeddings
+        return config.lm_head and not config.tie_embeddings
+    if path[0] == "score":
+        return config.score_head
     if "attention/output/bias" in leaf:
         return config.output_bias
     if leaf.startswith("attention/") and leaf.endswith("/bias"):
@@ -206,6 +215,7 @@ _LLAMA_NAMES = {
     "block/mlp/down/bias": ("model.layers.{}.mlp.down_proj.bias", "plain"),
     "final_norm/scale": ("model.norm.weight", "plain"),
     "head/kernel": ("lm_head.weight", "linear"),
+    "score/kernel": ("score.weight", "linear"),
 }
 _GPT2_NAMES = {
     "embed/embedding": ("transformer.wte.weight", "plain"),
@@ -229,11 +239,13 @@ _GPT2_NAMES = {
     "final_norm/scale": ("transformer.ln_f.weight", "plain"),
     "final_norm/bias": ("transformer.ln_f.bias", "plain"),
     "head/kernel": ("lm_head.weight", "linear"),
+    "score/kernel": ("score.weight", "linear"),
 }
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         architecture="LlamaForCausalLM",
+        classifier="LlamaForSequenceClassification",
         keys={**_LLAMA_KEYS, "qkv_bias": "attention_bias", "mlp_bias": "mlp_bias"},
         defaults={**_LLAMA_DEFAULTS, "qkv_bias": False, "mlp_bias": False},
         fixed={"rope": read_rope(10000.0), "output_bias": lambda hf: bool(hf.get("attention_bias"))},
@@ -241,6 +253,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "mistral": Family(
         architecture="MistralForCausalLM",
+        classifier="MistralForSequenceClassification",
         keys=_LLAMA_KEYS,
         defaults={**_LLAMA_DEFAULTS, "num_kv_heads": 8},
         fixed={"rope": read_rope(10000.0)},
@@ -250,6 +263,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
+        classifier="Qwen2ForSequenceClassification",
         keys={ours: theirs for ours, theirs in _LLAMA_KEYS.items() if ours != "head_dim"},
         defaults=_LLAMA_DEFAULTS,
         fixed={
@@ -263,6 +277,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
+        classifier="Qwen3ForSequenceClassification",
         keys={**_LLAMA_KEYS, "qkv_bias": "attention_bias"},
         defaults={**_LLAMA_DEFAULTS, "head_dim": 128, "qkv_bias": False},
         fixed={
@@ -276,6 +291,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt2": Family(
         architecture="GPT2LMHeadModel",
+        classifier="GPT2ForSequenceClassification",
         keys={
             "vocab_size": "vocab_size",
             "embed_dim": "n_embd",

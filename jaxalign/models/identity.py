@@ -1,9 +1,11 @@
-"""What tells one checkpoint from another, and where its completions end."""
+"""What tells one checkpoint from another, where its completions end, and what pads them."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +41,26 @@ def end_ids(config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
     """The ids that end a completion: the transformers tokenizer's EOS, and those that the checkpoint names."""
     known = [tokenizer.eos_token_id, *config.eos_ids]
     return tuple(dict.fromkeys(id for id in known if isinstance(id, int)))
+
+
+def with_padding(config: ModelConfig, tokenizer: Any = None) -> tuple[ModelConfig, Any]:
+    """A reward model's config and transformers tokenizer (a copy, or None) with the same padding token.
+
+    transformers reads a score at the last token that is not the config's padding token. Where the config names none,
+    one is taken that ends no completion, for else it would read the token before EOS: the tokenizer's own, its unknown
+    token, another special token, or the last token of the vocabulary, whichever comes first.
+    """
+    if config.pad_id is None or config.pad_id < 0:
+        ends, known = config.eos_ids, []
+        if tokenizer is not None:
+            ends = end_ids(config, tokenizer)
+            special = [id for id, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+            known = [tokenizer.pad_token_id, tokenizer.unk_token_id, *special]
+        last = config.vocab_size if tokenizer is None else min(config.vocab_size, len(tokenizer))
+        known += range(last - 1, -1, -1)
+        pad = next(id for id in known if id is not None and id < config.vocab_size and id not in ends)
+        config = replace(config, pad_id=pad)
+    if tokenizer is not None and tokenizer.pad_token_id != config.pad_id:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token, tokenizer.padding_side = tokenizer.convert_ids_to_tokens(config.pad_id), "right"
+    return config, tokenizer

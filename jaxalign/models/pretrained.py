@@ -213,7 +213,7 @@ def _with_prefix(name: str, family: str | None) -> str:
     if family not in FAMILIES:
         return name
     prefix = FAMILIES[family].names["embed/embedding"][0].split(".")[0] + "."
-    return name if name.startswith((prefix, "lm_head.")) else prefix + name
+    return name if name.startswith((prefix, "lm_head.", "score.")) else prefix + name
 
 
 def _read_json(path: Path) -> dict[str, Any]:

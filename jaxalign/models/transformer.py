@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from jaxalign.models.attention import Keys, attend, cache_mask, rows_mask
 from jaxalign.models.config import ModelConfig, Rope, segments
+from jaxalign.models.heads import init_score_kernel
 from jaxalign.types import Array, TokenRows, Variables
 
 Remat = Literal["none", "dots", "full"]
@@ -36,13 +37,14 @@ class Cache:
     """Keys and values of tokens already read.
 
     Attributes:
-      k: `[layers, slots, capacity, kv_heads, head_dim]`; the token at position p of a slot lies at index p.
+      k: per layer `[slots, kv_heads, capacity, head_dim]`; the token at position p of a slot lies at index p. Layers
+        are apart so that each is read where it lies.
       v: the same for values.
       positions: int32 `[slots, capacity]`, the token's position; -1 = empty.
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
     positions: jax.Array
 
 
@@ -57,12 +59,21 @@ class Model:
         cache, row i continues slot i and the returned cache holds the new tokens too; dropout is on only with a key;
         `aux` is a dict of float32 scalars to add to a loss, empty for dense models.
       logits: `(variables, hidden [..., embed_dim]) -> float32 [..., vocab_size]`.
+      scores: `(variables, hidden [..., embed_dim]) -> float32 [...]`, one number per hidden state: a reward or a value.
+      rebuild: `config -> Model`, another config with the same dtypes and rematerialisation.
+      unrolled: `() -> (Model, unroll)`: the same functions over `unroll(variables)`, in which every layer has arrays of
+        its own, in the dtype of computation. For sampling: out of stacked arrays XLA copies each layer for each token.
+
+    `logits` and `scores` raise ValueError on a model that has no such head.
     """
 
     config: ModelConfig
     init: Callable[[jax.Array], Variables]
     apply: Callable[..., tuple[jax.Array, Cache | None, dict[str, jax.Array]]]
     logits: Callable[[Variables, Array], jax.Array]
+    scores: Callable[[Variables, Array], jax.Array]
+    rebuild: Callable[[ModelConfig], Model]
+    unrolled: Callable[[], tuple[Model, Callable[[Variables], Variables]]]
 
 
 def build(
@@ -73,10 +84,16 @@ def build(
     Args:
       config: the model.
       param_dtype: dtype of the parameters that `init` makes.
-      compute_dtype: dtype of activations and matrix products; norms, softmax and logits are float32 or wider.
+      compute_dtype: dtype of activations and matrix products; norms, softmax, logits and scores are float32 or wider.
       remat: what the backward pass recomputes: nothing, all but matrix products, or whole blocks.
     """
-    decoder = _Decoder(config, jnp.dtype(param_dtype), jnp.dtype(compute_dtype), remat)
+    return _build(config, param_dtype, compute_dtype, remat)
+
+
+def _build(
+    config: ModelConfig, param_dtype: DType, compute_dtype: DType, remat: Remat, unrolled: bool = False
+) -> Model:
+    decoder = _Decoder(config, jnp.dtype(param_dtype), jnp.dtype(compute_dtype), remat, unrolled)
 
     def init(key: jax.Array) -> Variables:
         rows = TokenRows.from_padded(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
@@ -88,6 +105,8 @@ def build(
         return *read, {}
 
     def logits(variables: Variables, hidden: Array) -> jax.Array:
+        if not config.lm_head:
+            raise ValueError("this is a reward or value model: it has a score head and no LM head, so it says no words")
         params, dtype = variables["params"], jnp.dtype(compute_dtype)
         equation = "nd,vd->nv" if config.tie_embeddings else "nd,dv->nv"
         table = params["embed"]["embedding"] if config.tie_embeddings else params["head"]["kernel"]
@@ -96,13 +115,33 @@ def build(
         product = jnp.einsum(equation, flat, table.astype(dtype), preferred_element_type=wide)
         return product.reshape(*hidden.shape[:-1], -1)
 
-    return Model(config, init, apply, logits)
+    def scores(variables: Variables, hidden: Array) -> jax.Array:
+        if not config.score_head:
+            raise ValueError("this is a language model without a score head: models.add_score_head gives it one")
+        kernel = variables["params"]["score"]["kernel"]
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        flat = hidden.reshape(-1, hidden.shape[-1]).astype(wide)
+        # One output costs nothing: TPUs and GPUs would round a float32 product to bfloat16 or TF32.
+        product = jnp.matmul(flat, kernel.astype(wide), precision=jax.lax.Precision.HIGHEST)
+        return product.reshape(hidden.shape[:-1]) + config.score_bias
+
+    def rebuild(other: ModelConfig) -> Model:
+        return _build(other, param_dtype, compute_dtype, remat, unrolled)
+
+    def unroll():
+        apart = _build(config, param_dtype, compute_dtype, remat, unrolled=True)
+        return apart, partial(_unroll, config, jnp.dtype(compute_dtype))
+
+    return Model(config, init, apply, logits, scores, rebuild, unroll)
 
 
 def init_cache(config: ModelConfig, slots: int, capacity: int, dtype: DType = "float32") -> Cache:
-    """An empty cache for `slots` documents of up to `capacity` tokens."""
-    shape = (config.num_layers, slots, capacity, config.num_kv_heads, config.head_dim)
-    empty = jnp.zeros(shape, dtype)
+    """An empty cache for `slots` documents of up to `capacity` tokens.
+
+    With capacity 0 there is nothing to attend to, and `apply` returns a cache of just the rows' own tokens, each at its
+    place in its row: for right-padded rows of one document that is its position.
+    """
+    empty = (jnp.zeros((slots, config.num_kv_heads, capacity, config.head_dim), dtype),) * config.num_layers
     return Cache(empty, empty, jnp.full((slots, capacity), -1, jnp.int32))
 
 
@@ -193,6 +232,7 @@ class _Attention(nn.Module):
         if angles is not None:
             query, key = rotate(query, angles), rotate(key, angles)
         drop = c.attention_dropout if self.has_rng("dropout") else 0.0
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
         mixed = attend(
             query,
             (*cached, Keys(key, value, mask)),
@@ -245,13 +285,18 @@ class _Pattern(nn.Module):
         for place, window in enumerate(self.windows):
             kind = kinds.index(window)
             cached = ()
-            if cache is not None:
-                own = partial(jax.lax.dynamic_index_in_dim, index=first_layer + place, keepdims=False)
-                cached = (Keys(own(cache.k).astype(x.dtype), own(cache.v).astype(x.dtype), cache_masks[kind]),)
+            if cache is not None and cache.positions.shape[1]:
+                k, v = (_layer(each, first_layer + place).astype(x.dtype) for each in (cache.k, cache.v))
+                cached = (Keys(k, v, cache_masks[kind]),)
             x, key, value = _Block(self.config, self.param_dtype, name=f"block_{place}")(x, angles, masks[kind], cached)
             new.append((key, value))
         # Without a cache nobody wants the keys and values: stacking them would cost memory.
         return x, None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
+
+
+def _layer(cached: tuple[jax.Array, ...], index: int | jax.Array) -> jax.Array:
+    """One layer's keys or values; in a scan over layers, whose index is traced, out of a stacked copy of all."""
+    return cached[index] if isinstance(index, int) else jnp.stack(cached)[index]
 
 
 class _Decoder(nn.Module):
@@ -259,6 +304,7 @@ class _Decoder(nn.Module):
     param_dtype: jnp.dtype
     compute_dtype: jnp.dtype
     remat: Remat
+    unrolled: bool = False
 
     @nn.compact
     def __call__(self, rows, cache):
@@ -275,16 +321,24 @@ class _Decoder(nn.Module):
         cache_masks = () if cache is None else tuple(cache_mask(rows, cache.positions, window) for window in _kinds(c))
         new = []
         for index, segment in enumerate(segments(c)):
-            x, keys = self._scan(segment)(c, self.param_dtype, segment.windows, name=f"segment_{index}")(
-                x, segment.start + jnp.arange(segment.repeats) * len(segment.windows), angles, masks, cache, cache_masks
-            )
-            new.append(keys)
-        if c.tie_embeddings is False:
-            # The head is applied by `Model.logits`; it is declared here so that `init` makes it.
+            block = partial(_Pattern if self.unrolled else self._scan(segment), c, self.param_dtype, segment.windows)
+            size, rest = len(segment.windows), (angles, masks, cache, cache_masks)
+            if self.unrolled:
+                for repeat in range(segment.repeats):
+                    x, keys = block(name=_repeat_name(index, repeat))(x, segment.start + repeat * size, *rest)
+                    new.append(jax.tree.map(lambda a: a[None], keys))
+            else:
+                starts = segment.start + jnp.arange(segment.repeats) * size
+                x, keys = block(name=f"segment_{index}")(x, starts, *rest)
+                new.append(keys)
+        # The heads are applied by `Model.logits` and `Model.scores`; they are declared here so that `init` makes them.
+        if c.lm_head and not c.tie_embeddings:
             shape = (c.embed_dim, c.vocab_size)
             self.param("head", lambda key: {"kernel": normal(key, shape, self.param_dtype)})
+        if c.score_head:
+            self.param("score", lambda key: {"kernel": init_score_kernel(key, c.embed_dim, dtype=self.param_dtype)})
         x = _Norm(c.norm, c.norm_eps, self.param_dtype, name="final_norm")(x)
-        return x, None if cache is None else _write(cache, rows, new)
+        return x, None if cache is None else _write(cache, rows, new, x)
 
     def _scan(self, segment):
         body = _Pattern
@@ -299,19 +353,53 @@ class _Decoder(nn.Module):
         )
 
 
+def _repeat_name(segment: int, repeat: int) -> str:
+    return f"segment_{segment}_{repeat}"
+
+
+def _unroll(config: ModelConfig, dtype: jnp.dtype, variables: Variables) -> Variables:
+    """The layers of each segment apart, in the dtype of computation; norms, which compute wider, stay as they are."""
+
+    def cast_leaf(path, x):
+        kept = path[-1].key == "scale" or any(part.key == "score" for part in path[:-1])
+        return x if kept else x.astype(dtype)
+
+    params = dict(variables["params"])
+    for index, segment in enumerate(segments(config)):
+        stacked = params.pop(f"segment_{index}")
+        for repeat in range(segment.repeats):
+            params[_repeat_name(index, repeat)] = jax.tree.map(lambda x, repeat=repeat: x[repeat], stacked)
+    return {**variables, "params": jax.tree.map_with_path(cast_leaf, params)}
+
+
 def _kinds(config: ModelConfig) -> list[int | None]:
     """The different windows, in order of appearance: one mask each."""
     return list(dict.fromkeys(config.windows))
 
 
-def _write(cache: Cache, rows: TokenRows, new: list) -> Cache:
-    """Scatters the new tokens of all layers into the cache at once; padding is dropped."""
-    flat = [jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), each) for each in new]
-    key, value = jax.tree.map(lambda *a: jnp.concatenate(a), *flat)
+def _write(cache: Cache, rows: TokenRows, new: list, hidden: jax.Array) -> Cache:
+    """Scatters the new tokens of all layers into the cache; padding is dropped."""
+    layers = [layer for each in new for layer in zip(*map(_apart, each), strict=True)]
+    if not cache.positions.shape[1]:
+        keys, values = zip(*layers, strict=True)
+        return Cache(keys, values, jnp.where(rows.documents > 0, rows.positions, -1))
     slots = jnp.arange(rows.tokens.shape[0])[:, None]
-    index = jnp.where(rows.documents > 0, rows.positions, cache.positions.shape[1])
+    # Where to write hangs on what was read last: else XLA keeps the old cache beside the new one, a copy per token.
+    read = hidden[..., 0] < jnp.inf
+    index = jnp.where((rows.documents > 0) & read, rows.positions, cache.positions.shape[1])
+
+    def scatter(old, values):
+        # Indexed dimensions come first: [slots, length, kv_heads, head_dim].
+        return old.at[slots, :, index].set(values.astype(old.dtype).swapaxes(1, 2), mode="drop")
+
     return Cache(
-        k=cache.k.at[:, slots, index].set(key.astype(cache.k.dtype), mode="drop"),
-        v=cache.v.at[:, slots, index].set(value.astype(cache.v.dtype), mode="drop"),
+        k=tuple(scatter(old, key) for old, (key, _) in zip(cache.k, layers, strict=True)),
+        v=tuple(scatter(old, value) for old, (_, value) in zip(cache.v, layers, strict=True)),
         positions=cache.positions.at[slots, index].set(rows.positions, mode="drop"),
     )
+
+
+def _apart(stacked: jax.Array) -> tuple[jax.Array, ...]:
+    """`[repeats, places, ...]` -> its layers, in order."""
+    flat = stacked.reshape(-1, *stacked.shape[2:])
+    return tuple(flat[i] for i in range(len(flat)))

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign import models
-from jaxalign.config import RunConfig, Stage, read_config_text
+from jaxalign.config import OUTPUTS, RunConfig, Stage, read_config_text
 from jaxalign.evaluation import Comparison, Side
+from jaxalign.methods import METHODS
+from jaxalign.methods.common import trains_scores
 from jaxalign.run.compare import check_prompts, compare
 from jaxalign.run.evaluate import evaluate_stage
 from jaxalign.run.folder import create_folder, describe_backend, find_folder, locked, record_stage, write_text
@@ -90,19 +92,30 @@ def check_stages(config: RunConfig) -> None:
     for stage in config.stages:
         prepare(pick_stage(config, stage.name))
     if config.compare is not None:
+        if trains_scores(METHODS[config.stages[-1].method_name]):
+            raise ValueError(
+                "compare: the last stage trains a reward model, which gives no answers; leave compare away"
+            )
         last = pick_stage(config, config.stages[-1].name)
         check_prompts(config.compare, last.model.path, last.data)
 
 
 def resolve_inputs(stage: Stage, policies: Mapping[str, str]) -> Stage:
-    """The stage with `<earlier>.policy` replaced by that stage's policy."""
+    """The stage with `<earlier>.policy` and `<earlier>.reward` replaced by that stage's export."""
 
     def resolve(value: str) -> str:
-        return policies.get(value.removesuffix(".policy"), value) if value.endswith(".policy") else value
+        source, _, role = value.rpartition(".")
+        return policies.get(source, value) if role in OUTPUTS else value
 
-    reference = stage.model.reference
-    model = replace(stage.model, path=resolve(stage.model.path), reference=reference and resolve(reference))
-    return replace(stage, model=model)
+    reference, critic = stage.model.reference, stage.model.critic
+    model = replace(
+        stage.model,
+        path=resolve(stage.model.path),
+        reference=reference and resolve(reference),
+        critic=critic and resolve(critic),
+    )
+    rewards = tuple(replace(each, model=each.model and resolve(each.model)) for each in stage.rollout.rewards)
+    return replace(stage, model=model, rollout=replace(stage.rollout, rewards=rewards))
 
 
 def _lineage(ready: Prepared) -> dict[str, Any]:

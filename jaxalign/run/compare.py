@@ -50,8 +50,11 @@ def _side(section: CompareSection, path: str, settings: data.DataConfig, rows: l
     examples, tokenizer = found.train, found.tokenizer
     model, variables = models.load(path, compute_dtype=resolve_dtype("auto"))
     config = Config(
-        temperature=0, max_new_tokens=section.max_new_tokens, eos_ids=models.end_ids(model.config, tokenizer)
+        temperature=0,
+        max_new_tokens=section.max_new_tokens,
+        slots=section.batch_size,
+        eos_ids=models.end_ids(model.config, tokenizer),
     )
-    answer = make_answer(model, tokenizer, config, batch_size=section.batch_size)
+    answer = make_answer(model, tokenizer, config)
     texts = answer(variables, [examples[i]["prompt_ids"].tolist() for i in range(len(examples))])
     return judge(texts, section.rules, [row.get("keywords") for row in rows])

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxalign import data
+from jaxalign import data, models
 from jaxalign.config import Stage
 from jaxalign.methods import METHODS
 from jaxalign.methods.common import make_eval_step, split_variables
@@ -39,6 +39,9 @@ def evaluate_stage(stage: Stage, path: str | None, *, say: Say) -> dict[str, flo
     if ready.data.eval is not None and examples.eval is not None:
         judged, lookup = ready.data.eval, examples.eval
     params, frozen = split_variables(policy)
+    # A reward model that was normalised after training has a bias that its start has not.
+    bias = models.load_config(path or stage.model.path).score_bias
+    ready = replace(ready, model=ready.model.rebuild(replace(ready.model.config, score_bias=bias)))
     return Interval().add(make_evaluate(ready, lookup, judged, examples.fill)(params, frozen)).values()
 
 

@@ -8,14 +8,17 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from jaxalign import data, models
 from jaxalign.methods.offline import ExampleList
 from jaxalign.methods.reference import cache_key, precompute
 from jaxalign.run.prepare import Prepared, resolve_dtype
+from jaxalign.sharding import param_shardings
 from jaxalign.types import Batch, Variables
 
 Say = Callable[[str], None]
+HEAD = np.iinfo(np.int32).max  # no step has this number: the new head's draw is none of theirs
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,18 @@ class Examples:
 
 
 def load_policy(ready: Prepared, path: str) -> Variables:
-    """Parameters on the mesh, in the stage's dtype.
+    """Parameters on the mesh, in the stage's dtype; with a new score head, where the stage needs one and there is none.
 
     Raises:
       ValueError: the checkpoint is another model than the stage's: the same functions would misread it.
     """
     model, variables = models.load(path, mesh=ready.mesh, param_dtype=ready.stage.model.param_dtype)
-    ours, theirs = (
-        asdict(replace(each, bos_id=None, eos_ids=(), pad_id=None)) for each in (ready.model.config, model.config)
-    )
+    if ready.model.config.score_head and not model.config.score_head:
+        key = jax.random.fold_in(jax.random.key(ready.stage.train.seed), HEAD)
+        model, variables = models.add_score_head(model, variables, key)
+        variables = jax.device_put(variables, param_shardings(ready.mesh, variables))
+    same = {"bos_id": None, "eos_ids": (), "pad_id": None, "score_bias": 0.0}
+    ours, theirs = (asdict(replace(each, **same)) for each in (ready.model.config, model.config))
     other = [
         f"{name} is {theirs[name]!r} instead of {value!r}" for name, value in ours.items() if theirs[name] != value
     ]

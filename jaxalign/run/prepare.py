@@ -14,10 +14,13 @@ from jax.sharding import Mesh
 from jaxalign import data, models
 from jaxalign.config import Stage
 from jaxalign.methods import METHODS
-from jaxalign.methods.common import make_eval_step, split_variables
+from jaxalign.methods.common import is_online, make_eval_step, split_variables, trains_scores
 from jaxalign.methods.offline import Layout, make_layout, packing_report
+from jaxalign.methods.rollout import row_length
+from jaxalign.models.heads import score_config
 from jaxalign.models.transformer import DType
-from jaxalign.sharding import make_mesh
+from jaxalign.sampling import bucket_width
+from jaxalign.sharding import data_shards, make_mesh
 from jaxalign.training.metrics import check_writers
 from jaxalign.training.optimizer import make_optimizer
 
@@ -60,7 +63,8 @@ def prepare(stage: Stage) -> Prepared:
       FileNotFoundError: no such model or data.
       ValueError: anything else that cannot work; names the file, line or key.
     """
-    method, mesh, config = METHODS[stage.method_name], make_mesh(stage.mesh), models.load_config(stage.model.path)
+    method, mesh = METHODS[stage.method_name], make_mesh(stage.mesh)
+    config = _heads(stage, models.load_config(stage.model.path))
     if stage.data.max_length > config.max_position:
         raise ValueError(
             f"data.max_length={stage.data.max_length} exceeds the model's context of {config.max_position}"
@@ -73,10 +77,9 @@ def prepare(stage: Stage) -> Prepared:
         compute_dtype=resolve_dtype(stage.model.compute_dtype),
         remat=stage.model.remat,
     )
-    per_epoch = math.ceil(len(found.train) / stage.train.batch_size)
     steps = stage.train.max_steps
     if steps < 1:
-        steps = math.ceil(stage.train.num_train_epochs * per_epoch)
+        steps = math.ceil(stage.train.num_train_epochs * steps_per_epoch(stage, len(found.train)))
     make_optimizer(stage.optimizer, steps)
     check_writers(stage.log.report_to)
     ready = Prepared(stage, method, mesh, found, model, layout, steps)
@@ -84,11 +87,48 @@ def prepare(stage: Stage) -> Prepared:
     return ready
 
 
+def steps_per_epoch(stage: Stage, examples: int) -> int:
+    """Optimiser steps in one pass over the data."""
+    method, batch_size = METHODS[stage.method_name], stage.train.batch_size
+    if not is_online(method):
+        return math.ceil(examples / batch_size)
+    updates, prompts = method.num_updates(stage.method), method.rollout_prompts(stage.method, batch_size)
+    return math.ceil(examples / prompts * updates)
+
+
+def best_metric(stage: Stage) -> str:
+    """The evaluation metric that picks the best checkpoint."""
+    default = "eval_reward" if is_online(METHODS[stage.method_name]) else "eval_loss"
+    return stage.train.metric_for_best_model or default
+
+
+def _heads(stage: Stage, config: models.ModelConfig) -> models.ModelConfig:
+    """The config of what the stage trains: a language model, or one with a score head instead."""
+    if trains_scores(METHODS[stage.method_name]):
+        if config.score_head and config.pad_id in config.eos_ids:
+            logger.warning(
+                "%s pads with EOS: transformers reads its scores at the token before EOS, here EOS itself is read",
+                stage.model.path,
+            )
+        return config if config.score_head else score_config(config)
+    if not config.lm_head:
+        raise ValueError(
+            f"model.path={stage.model.path} is a reward model, without an LM head; {stage.method_name} trains a policy"
+        )
+    return config
+
+
 def _check_evaluation(ready: Prepared) -> None:
     """Raises ValueError where the config asks for what evaluation data or metrics cannot give."""
     train, model = ready.stage.train, ready.stage.model
-    if model.reference and not ready.method.NEEDS_REFERENCE:
+    if is_online(ready.method):
+        needed = ready.method.needs_reference(ready.stage.method)
+    else:
+        needed = ready.method.NEEDS_REFERENCE
+    if model.reference and not needed:
         raise ValueError(f"model.reference: the method {ready.stage.method_name} has no reference; leave it away")
+    if trains_scores(ready.method) and ready.stage.log.sample_steps:
+        raise ValueError("log.sample_steps: a reward model gives scores and no answers; set it to null here")
     if "float16" in (model.param_dtype, model.compute_dtype):
         raise ValueError("model: float16 cannot be trained in here (its gradients underflow); use bfloat16 or float32")
     if model.param_dtype == "bfloat16":
@@ -98,6 +138,8 @@ def _check_evaluation(ready: Prepared) -> None:
         given = [name for name in asked if getattr(train, name)]
         if given:
             raise ValueError(f"train.{given[0]} needs evaluation data: set data.eval_path, eval_split or eval_ratio")
+        return
+    if is_online(ready.method):
         return
     examples = [ready.data.eval[0]]
     batch = ready.method.make_batch(ready.stage.method, examples, length=ready.layout.length)
@@ -109,7 +151,7 @@ def _check_evaluation(ready: Prepared) -> None:
         return make_eval_step(ready.method, ready.stage.method, ready.model)(*split_variables(variables), batch)
 
     names = [f"eval_{name}" for name in jax.eval_shape(evaluate, shapes, batch)]
-    wanted = train.metric_for_best_model
+    wanted = best_metric(ready.stage)
     if wanted not in names and f"eval_{wanted}" not in names:
         raise ValueError(f"train.metric_for_best_model: there is no {wanted!r}; there are {', '.join(names)}")
 
@@ -126,6 +168,8 @@ def check_data(stage: Stage) -> tuple[data.Data, dict[str, float]]:
 
 
 def _layout(stage: Stage, examples: list[data.Examples], config: models.ModelConfig, mesh: Mesh) -> Layout:
+    if is_online(METHODS[stage.method_name]):
+        return online_layout(stage, examples, config, mesh)
     return make_layout(
         METHODS[stage.method_name],
         stage.method,
@@ -137,3 +181,33 @@ def _layout(stage: Stage, examples: list[data.Examples], config: models.ModelCon
         row_length=stage.train.row_length,
         seed=stage.data.seed,
     )
+
+
+def online_layout(stage: Stage, examples: list[data.Examples], config: models.ModelConfig, mesh: Mesh) -> Layout:
+    """Rows that hold whatever completions may come of these prompts.
+
+    Raises:
+      ValueError: a prompt with a completion may not fit the model's context, or a row; or several processes.
+    """
+    method, train = stage.method, stage.train
+    if jax.process_count() > 1:
+        raise ValueError(f"{stage.method_name}: online methods run in one process; use one process per run")
+    longest = max(int(each.lengths["prompt"].max()) for each in examples)
+    width = bucket_width(longest)
+    if longest + method.max_completion_length > config.max_position:
+        raise ValueError(
+            f"method.max_completion_length={method.max_completion_length} and the longest prompt of {longest} tokens "
+            f"exceed the model's context of {config.max_position}: lower it, or set data.max_prompt_length"
+        )
+    multiple = 32 if mesh.devices.flat[0].platform == "cpu" else 128
+    least = row_length(
+        min(width, longest),
+        method.max_completion_length,
+        method.num_generations,
+        share_prompt=method.share_prompt,
+        multiple=multiple,
+    )
+    if isinstance(train.row_length, int) and train.row_length < least:
+        raise ValueError(f"train.row_length={train.row_length}, but a prompt with its completions may take {least}")
+    length = least if isinstance(train.row_length, str) else train.row_length
+    return Layout(train.batch_size, train.micro_batch_size or train.batch_size, length, data_shards(mesh))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -15,13 +14,23 @@ import jax
 
 from jaxalign import evaluation, models, sampling
 from jaxalign.config import Stage
-from jaxalign.methods.common import join_variables
+from jaxalign.methods.common import is_online, join_variables
 from jaxalign.methods.offline import OfflineSource, make_source
+from jaxalign.methods.online import OnlineSource
 from jaxalign.models.config import forward_flops
 from jaxalign.run.evaluate import make_evaluate
 from jaxalign.run.hardware import peak_flops
 from jaxalign.run.inputs import Examples, Say, attach_reference, load_policy
-from jaxalign.run.prepare import Prepared, resolve_dtype
+from jaxalign.run.online import (
+    load_scoring,
+    make_online_evaluate,
+    make_online_samples,
+    make_online_source,
+    make_passes,
+    online_models,
+)
+from jaxalign.run.prepare import Prepared, best_metric, resolve_dtype, steps_per_epoch
+from jaxalign.run.scores import finish_scores
 from jaxalign.sharding import param_shardings
 from jaxalign.training import loop
 from jaxalign.training.checkpoint import Checkpoints
@@ -75,10 +84,12 @@ def run_stage(ready: Prepared, folder: Path, *, say: Say, make_progress: MakePro
         return StageResult(stage.name, folder, None, result.reason, last_metrics(folder))
     say(f"{title}: {result.reason.replace('_', ' ')} after {result.step} steps, writing {export}")
     ends = models.end_ids(ready.model.config, ready.data.tokenizer)
+    trained = ready.method.policy_of(result.state.params, {}) if is_online(ready.method) else result.state.params
+    model, params = finish_scores(ready, trained, say)
     models.save(
         export,
-        replace(ready.model, config=replace(ready.model.config, eos_ids=ends)),
-        result.state.params,
+        replace(model, config=replace(model.config, eos_ids=ends)),
+        params,
         ready.data.tokenizer,
         dtype=stage.export.dtype or stage.model.param_dtype,
         base_model=stage.model.path,
@@ -103,41 +114,65 @@ def last_metrics(folder: Path) -> dict[str, float]:
     return latest
 
 
+@dataclass(frozen=True)
+class _Pieces:
+    """What the loop works with, made once the state is there."""
+
+    source: OfflineSource | OnlineSource
+    evaluate: loop.Evaluate | None
+    on_sample: Callable[[], loop.OnSample]
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a stage trains, before any parameter is loaded.
+
+    Attributes:
+      model: what `init` and `make_step` take.
+      shapes: the variables that `init` takes, as shapes.
+      load: loads them.
+      shared: somebody else goes on using what `load` gives.
+      pieces: frozen variables -> the loop's pieces.
+    """
+
+    model: Any
+    shapes: Any
+    load: Callable[[], Any]
+    shared: bool
+    pieces: Callable[[Any], _Pieces]
+
+
 def _train(
     ready: Prepared, folder: Path, checkpoints: Checkpoints, say: Say, make_progress: MakeProgress | None
 ) -> loop.FitResult:
     stage = ready.stage
     optimizer, schedule = make_optimizer(stage.optimizer, ready.num_steps)
-    load = functools.cache(functools.partial(load_policy, ready))
-    examples = attach_reference(ready, folder, load, say)
     key = jax.random.key(stage.train.seed)
-    init = functools.partial(ready.method.init, stage.method, ready.model, optimizer=optimizer, key=key)
-    shapes = jax.eval_shape(lambda: init(ready.model.init(key)))
+    begin = (_online if is_online(ready.method) else _offline)(ready, folder, key, say)
+    init = functools.partial(ready.method.init, stage.method, begin.model, optimizer=optimizer, key=key)
+    shapes = jax.eval_shape(init, begin.shapes)
     shardings = param_shardings(ready.mesh, shapes)
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes[0], shardings[0])
     restored = checkpoints.restore(like)
     if restored is None:
-        # A live reference may be these very variables; else they become the state without a second copy.
-        shared = examples.fill is not None and stage.model.reference in (None, stage.model.path)
-        born = jax.jit(init, out_shardings=shardings, donate_argnums=() if shared else (0,))
-        state, frozen = born(load(stage.model.path))
+        # Variables that nobody else uses become the state without a second copy.
+        born = jax.jit(init, out_shardings=shardings, donate_argnums=() if begin.shared else (0,))
+        state, frozen = born(begin.load())
     else:
         say(f"continuing after step {restored.step}")
         state, frozen = restored.state, {}
-    load.cache_clear()
-    make_step = ready.method.make_step(stage.method, ready.model, optimizer, schedule)
+    pieces = begin.pieces(frozen)
+    make_step = ready.method.make_step(stage.method, begin.model, optimizer, schedule)
     step = jax.jit(make_step, donate_argnums=0, out_shardings=(shardings[0], None))
     resume_step = restored.step if restored else None
     with ExitStack() as stack:
         title = stage.name or stage.method_name
         writers = open_writers(folder, stage.log.report_to, resume_step=resume_step, name=title, config=asdict(stage))
         samples = JsonLines(folder / "samples.jsonl", resume_step) if stage.log.sample_steps else None
-        source = _make_source(ready, examples)
-        for opened in (source, *writers, *([samples] if samples else [])):
+        for opened in (pieces.source, *writers, *([samples] if samples else [])):
             stack.callback(opened.close)
-        evaluate = _make_evaluate(ready, examples, frozen)
-        if evaluate and stage.train.eval_on_start and restored is None:
-            found = Interval().add(evaluate(state)).values()
+        if pieces.evaluate and stage.train.eval_on_start and restored is None:
+            found = Interval().add(pieces.evaluate(state)).values()
             for writer in writers:
                 writer.write(0, {f"eval_{name}": value for name, value in found.items()})
         progress = make_progress(ready.num_steps, resume_step or 0, title) if make_progress else nullcontext()
@@ -145,16 +180,54 @@ def _train(
             state,
             frozen,
             step,
-            source,
+            pieces.source,
             _loop_config(ready),
             checkpoints=checkpoints,
             restored=restored,
             writers=writers,
-            evaluate=evaluate,
-            on_sample=_make_on_sample(ready, frozen) if samples else None,
+            evaluate=pieces.evaluate,
+            on_sample=pieces.on_sample() if samples else None,
             samples=samples,
             progress=stack.enter_context(progress),
         )
+
+
+def _offline(ready: Prepared, folder: Path, key: jax.Array, say: Say) -> _Start:
+    """A stage that learns from a data set."""
+    stage = ready.stage
+    load = functools.cache(functools.partial(load_policy, ready))
+    examples = attach_reference(ready, folder, load, say)
+
+    def pieces(frozen: Variables) -> _Pieces:
+        load.cache_clear()
+        source = _make_source(ready, examples)
+        return _Pieces(source, _make_evaluate(ready, examples, frozen), lambda: _make_on_sample(ready, frozen))
+
+    # A live reference may be these very variables.
+    shared = examples.fill is not None and stage.model.reference in (None, stage.model.path)
+    shapes = jax.eval_shape(ready.model.init, key)
+    return _Start(ready.model, shapes, lambda: load(stage.model.path), shared, pieces)
+
+
+def _online(ready: Prepared, folder: Path, key: jax.Array, say: Say) -> _Start:
+    """A stage that learns from its own completions."""
+    del folder
+    stage, method = ready.stage, ready.method
+    load = functools.cache(functools.partial(load_policy, ready))
+    scoring = load_scoring(ready)
+    trained = online_models(ready, key, load)
+
+    def pieces(frozen: Any) -> _Pieces:
+        passes = make_passes(ready, lambda: load(stage.model.reference or stage.model.path), trained.passes, frozen)
+        load.cache_clear()
+        source = make_online_source(ready, scoring, passes, frozen, key)
+        evaluate = make_online_evaluate(ready, scoring, frozen)
+        return _Pieces(source, evaluate, lambda: make_online_samples(ready, scoring, source))
+
+    if method.needs_reference(stage.method):
+        say(f"{stage.name or stage.method_name}: reference from {stage.model.reference or stage.model.path}")
+    shared = method.needs_reference(stage.method)
+    return _Start(trained.model, trained.shapes, trained.load, shared, pieces)
 
 
 def _make_evaluate(ready: Prepared, examples: Examples, frozen: Variables) -> loop.Evaluate | None:
@@ -182,27 +255,33 @@ def _make_source(ready: Prepared, examples: Examples) -> OfflineSource:
 
 
 def _loop_config(ready: Prepared) -> loop.Config:
-    train, log, examples = ready.stage.train, ready.stage.log, ready.data.train
-    per_epoch = math.ceil(len(examples) / train.batch_size)
-    mean = {name: float(lengths.mean()) for name, lengths in examples.lengths.items()}
-    tokens, targets = (train.batch_size * n for n in (mean["total"], mean["total"] - mean["prompt"]))
-    pass_flops = forward_flops(ready.model.config, int(tokens), int(tokens * mean["total"] / 2), int(targets))
+    train, log = ready.stage.train, ready.stage.log
     watched = ready.data.eval is not None
     return loop.Config(
         num_steps=ready.num_steps,
         logging_steps=log.logging_steps,
         save_steps=train.save_steps,
-        eval_steps=(train.eval_steps or per_epoch) if watched else None,
+        eval_steps=(train.eval_steps or steps_per_epoch(ready.stage, len(ready.data.train))) if watched else None,
         sample_steps=log.sample_steps,
-        metric_for_best_model=train.metric_for_best_model if watched else None,
+        metric_for_best_model=best_metric(ready.stage) if watched else None,
         greater_is_better=train.greater_is_better,
         load_best_model_at_end=train.load_best_model_at_end,
         early_stopping_patience=train.early_stopping_patience,
         early_stopping_threshold=train.early_stopping_threshold,
         samples_per_step=train.batch_size,
-        flops_per_step=3.0 * pass_flops,
+        flops_per_step=_flops_per_step(ready),
         peak_flops=peak_flops(ready.mesh, resolve_dtype(ready.stage.model.compute_dtype)),
     )
+
+
+def _flops_per_step(ready: Prepared) -> float | None:
+    """Operations of an average step; unknown where completions are yet to be drawn."""
+    if is_online(ready.method):
+        return None
+    lengths = ready.data.train.lengths
+    mean = {name: float(each.mean()) for name, each in lengths.items()}
+    tokens, targets = (ready.stage.train.batch_size * n for n in (mean["total"], mean["total"] - mean["prompt"]))
+    return 3.0 * forward_flops(ready.model.config, int(tokens), int(tokens * mean["total"] / 2), int(targets))
 
 
 def _make_on_sample(ready: Prepared, frozen: Variables) -> loop.OnSample:
@@ -211,7 +290,7 @@ def _make_on_sample(ready: Prepared, frozen: Variables) -> loop.OnSample:
     prompts = [_prompt(examples[i]) for i in range(min(log.sample_prompts, len(examples)))]
     ends = models.end_ids(ready.model.config, tokenizer)
     config = sampling.Config(temperature=0, max_new_tokens=log.sample_max_new_tokens, eos_ids=ends)
-    answer = evaluation.make_answer(ready.model, tokenizer, config, batch_size=len(prompts))
+    answer = evaluation.make_answer(ready.model, tokenizer, config)
 
     def sample(number: int, state: Any) -> Iterable[dict[str, Any]]:
         del number

@@ -1,6 +1,17 @@
 """Drawing completions: one compiled loop, and what surrounds it on the host."""
 
-from jaxalign.sampling.generate import Config, bucket_width, make_generate, sample_prompts
-from jaxalign.sampling.text import truncate_at
+from jaxalign.sampling.choose import Config
+from jaxalign.sampling.decoding import make_decoding
+from jaxalign.sampling.generate import make_generate
+from jaxalign.sampling.prompts import bucket_width, sample_prompts
+from jaxalign.sampling.text import truncate_at, truncate_tokens
 
-__all__ = ["Config", "bucket_width", "make_generate", "sample_prompts", "truncate_at"]
+__all__ = [
+    "Config",
+    "bucket_width",
+    "make_decoding",
+    "make_generate",
+    "sample_prompts",
+    "truncate_at",
+    "truncate_tokens",
+]

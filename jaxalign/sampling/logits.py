@@ -103,3 +103,12 @@ def perturb(log_probs: jax.Array, kept: jax.Array, keys: jax.Array) -> jax.Array
     """
     noise = jax.vmap(lambda key: jax.random.gumbel(key, log_probs.shape[-1:], jnp.float32))(keys)
     return jnp.where(kept, log_probs + noise, -jnp.inf)
+
+
+def largest(x: jax.Array) -> jax.Array:
+    """Index of the largest entry along the last axis, the first of equals: int32 `[...]`.
+
+    As a maximum and a minimum, which XLA's CPU backend vectorises; its arg-max it does not.
+    """
+    place = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    return jnp.where(x == x.max(-1, keepdims=True), place, x.shape[-1] - 1).min(-1)

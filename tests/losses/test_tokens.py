@@ -75,6 +75,27 @@ def test_only_logps_carry_a_gradient(case):
         assert not np.asarray(grad).any(), name
 
 
+def test_the_entropy_carries_a_gradient_on_request(case):
+    """That of the whole array, at a temperature; its value stays, and so do the log-probs' gradients."""
+    hidden, head, predictions = case
+
+    def chunked(hidden, wanted):
+        ask = partial(token_statistics, lambda h: h @ head, hidden, predictions, temperature=0.7, chunk=4)
+        got = ask(entropy_gradient=wanted)
+        return jnp.sin(got.entropy).sum() + got.logps.sum(), got.entropy
+
+    def whole(hidden):
+        log_probs = jax.nn.log_softmax(hidden @ head / 0.7)
+        picked = jnp.take_along_axis(log_probs, predictions.sources[..., None], axis=1)
+        entropy = -(jnp.exp(picked) * picked).sum(-1)
+        return jnp.sin(entropy).sum() + jnp.take_along_axis(picked, predictions.targets[..., None], axis=-1).sum()
+
+    grads = {wanted: jax.grad(chunked, has_aux=True)(hidden, wanted) for wanted in (True, False)}
+    np.testing.assert_allclose(grads[True][0], jax.grad(whole)(hidden), atol=1e-4)
+    assert np.abs(grads[True][0] - grads[False][0]).max() > 0.1
+    np.testing.assert_array_equal(grads[True][1], grads[False][1])
+
+
 def test_huge_logits_stay_finite(case):
     hidden, head, predictions = case
     function = partial(token_statistics, lambda h: h @ head * 1e4, predictions=predictions)

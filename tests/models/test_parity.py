@@ -33,8 +33,11 @@ NUMERIC = {
     "norm", "norm_eps", "activation", "gated_mlp", "rope", "learned_positions", "windows", "qk_norm", "qkv_bias",
     "output_bias", "mlp_bias", "tie_embeddings",
 }  # fmt: skip
-STRUCTURE = {"vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"}
-INERT = {"family", "max_position", "dropout", "attention_dropout", "bos_id", "eos_ids", "pad_id"}
+STRUCTURE = {
+    "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "lm_head",
+    "score_head",
+}  # fmt: skip
+INERT = {"family", "max_position", "dropout", "attention_dropout", "bos_id", "eos_ids", "pad_id", "score_bias"}
 ROPE_FIELDS = {
     "default": {"theta", "kind"},
     "linear": {"theta", "kind", "factor"},

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxalign.models import ModelConfig, Rope, build
-from jaxalign.sampling import Config
+from jaxalign.sampling import Config, make_decoding
 from jaxalign.sampling.logits import perturb, scale, truncate
 from jaxalign.types import TokenRows
 
@@ -42,7 +42,7 @@ def spread(shapes, rng):
 
 @pytest.fixture(scope="session")
 def small():
-    """The small model, its variables, and 10 prompts of 1 to 23 tokens."""
+    """The small model, its variables, as the sampler takes them too, and 10 prompts of 1 to 23 tokens."""
     model, rng = build(CONFIG), np.random.default_rng(2)
     variables = spread(jax.eval_shape(model.init, jax.random.key(0)), rng)
     sizes = [1, 23, 5, 16, 2, 9, 17, 12, 3, 20]
@@ -51,7 +51,11 @@ def small():
     logits = jax.jit(lambda v: model.logits(v, model.apply(v, rows)[0]))(variables)
     assert 1 < np.asarray(logits).std(-1).min() < np.asarray(logits).std(-1).max() < 5
     return SimpleNamespace(
-        model=model, narrow=build(CONFIG, compute_dtype="bfloat16"), variables=variables, prompts=prompts
+        model=model,
+        narrow=build(CONFIG, compute_dtype="bfloat16"),
+        variables=variables,
+        decoding=make_decoding(model)(variables),
+        prompts=prompts,
     )
 
 

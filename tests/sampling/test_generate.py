@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from jaxalign.models import ModelConfig, Rope, build
-from jaxalign.sampling import Config, make_generate
-from jaxalign.sampling.generate import EOS, LENGTH, STOP, choose, draw_tokens, read_prompts
+from jaxalign.sampling import Config, make_decoding, make_generate
+from jaxalign.sampling.choose import choose
+from jaxalign.sampling.generate import EOS, LENGTH, STOP
 from jaxalign.types import TokenRows
 
 KEY = jax.random.key(11)
 NEW = 12
+NO_STEP, NOTHING = np.zeros(6, np.int32), np.zeros((6, 0), bool)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def run(small):
 
     def run(padded, lengths, **options):
         generate = compiled(Config(**{"max_new_tokens": NEW, **options}))
-        return jax.device_get(generate(small.variables, padded, lengths, KEY))
+        return jax.device_get(generate(small.decoding, padded, lengths, KEY))
 
     return run
 
@@ -108,15 +110,19 @@ def test_each_ends_at_its_own_step_and_for_its_own_reason(small, run, padded, fr
 def test_the_loop_ends_when_all_are_done(small, padded, free):
     passes = []
 
+    apart, unroll = small.model.unrolled()
+
     def counted(*args, **kwargs):
         jax.debug.callback(lambda: passes.append(1))
-        return small.model.apply(*args, **kwargs)
+        return apart.apply(*args, **kwargs)
+
+    model = replace(small.model, unrolled=lambda: (replace(apart, apply=counted), unroll))
 
     # Every first token ends its completion but for one row's, which goes on to its second.
     eos_ids = tuple({int(token) for token in free.tokens[1:, 0]} | {int(free.tokens[0, 1])})
     assert free.tokens[0, 0] not in eos_ids
-    generate = jax.jit(make_generate(replace(small.model, apply=counted), Config(max_new_tokens=NEW, eos_ids=eos_ids)))
-    samples = jax.device_get(generate(small.variables, *padded, KEY))
+    generate = jax.jit(make_generate(model, Config(max_new_tokens=NEW, eos_ids=eos_ids)))
+    samples = jax.device_get(generate(small.decoding, *padded, KEY))
     jax.effects_barrier()
     assert samples.lengths.tolist() == [2] + [1] * 9
     assert (samples.finish == EOS).all()
@@ -127,7 +133,7 @@ def test_the_loop_ends_when_all_are_done(small, padded, free):
 @pytest.mark.parametrize("options", [{"top_p": 1e-6}, {"top_k": 1}, {"min_p": 1.0}])
 def test_one_token_left_is_greedy(options):
     logits, keys = np.random.default_rng(0).normal(size=(6, 97)).astype(np.float32), jax.random.split(KEY, 6)
-    token, logps, log_mass = choose(Config(temperature=0.7, **options), logits, keys)
+    token, logps, log_mass = choose(Config(temperature=0.7, **options), logits, keys, NO_STEP, NOTHING)
     np.testing.assert_array_equal(token, logits.argmax(-1))
     np.testing.assert_allclose(log_mass, logps, atol=1e-6)
 
@@ -171,7 +177,7 @@ def test_a_table_of_positions_ends_completions(pad):
     model = build(config)
     prompts, lengths = pad([np.arange(1, 1 + n) for n in (3, 16, 20, 21)])
     generate = jax.jit(make_generate(model, Config(max_new_tokens=8)))
-    samples = jax.device_get(generate(jax.jit(model.init)(jax.random.key(0)), prompts, lengths, KEY))
+    samples = jax.device_get(generate(make_decoding(model)(model.init(jax.random.key(0))), prompts, lengths, KEY))
     # Tokens 16 to 20 of the second are read from the last places; the one drawn at the end is never read.
     assert samples.lengths.tolist() == [8, 5, 1, 0]
     assert not samples.finish.any()
@@ -180,7 +186,7 @@ def test_a_table_of_positions_ends_completions(pad):
 
 def test_no_array_holds_logits_of_a_whole_prompt(small, padded):
     generate = jax.jit(make_generate(small.model, Config(max_new_tokens=NEW)))
-    text, slots = generate.lower(small.variables, *padded, KEY).as_text(), len(padded[0])
+    text, slots = generate.lower(small.decoding, *padded, KEY).as_text(), len(padded[0])
     shapes = {tuple(map(int, shape.split("x"))) for shape in re.findall(r"tensor<(\d+(?:x\d+)*)x[a-z]", text)}
     vocab = small.model.config.vocab_size
     assert (slots, vocab) in shapes
@@ -202,20 +208,17 @@ def test_decoding_needs_less_memory_than_half_its_cache():
         windows=(None,) * 4,
         tie_embeddings=True,
     )
-    model, slots, width, sampling = build(config), 64, 64, Config(top_p=0.9, max_new_tokens=2048 - 64)
-    variables = jax.eval_shape(model.init, jax.random.key(0))
-    prompts, lengths = jax.ShapeDtypeStruct((slots, width), jnp.int32), jax.ShapeDtypeStruct((slots,), jnp.int32)
-    keys = jax.eval_shape(partial(jax.random.split, num=slots), jax.random.key(0))
-    state = jax.eval_shape(partial(read_prompts, model, sampling), variables, prompts, lengths, keys)
-
-    def decode(variables, state):
-        return jax.lax.while_loop(lambda s: ~s.done.all(), partial(draw_tokens, model, sampling, variables), state)
-
-    memory = jax.jit(decode, donate_argnums=1).lower(variables, state).compile().memory_analysis()
-    size = 2 * state.cache.k.size * state.cache.k.dtype.itemsize
-    assert size == 2 * 4 * slots * 2048 * 4 * 16 * 4
+    # 128 completions of 32 prompts in 64 slots: the loop refills, and keeps a pool of 4 prompts.
+    model, slots, width, prompts = build(config), 64, 64, 32
+    sampling = Config(top_p=0.9, max_new_tokens=2048 - 64, num_generations=4, slots=slots)
+    variables = jax.eval_shape(lambda key: make_decoding(model)(model.init(key)), jax.random.key(0))
+    shapes = jax.ShapeDtypeStruct((prompts, width), jnp.int32), jax.ShapeDtypeStruct((prompts,), jnp.int32)
+    key = jax.eval_shape(jax.random.key, 0)
+    memory = jax.jit(make_generate(model, sampling)).lower(variables, *shapes, key).compile().memory_analysis()
+    # The cache itself is part of the program's temporary memory here.
+    size = 2 * 4 * slots * 2048 * 4 * 16 * 4
     assert memory is not None
-    assert memory.temp_size_in_bytes < size / 2
+    assert size < memory.temp_size_in_bytes < 1.5 * size
 
 
 @pytest.mark.parametrize(
@@ -227,6 +230,11 @@ def test_decoding_needs_less_memory_than_half_its_cache():
         ("top_p", 1.1),
         ("min_p", 1.5),
         ("max_new_tokens", 0),
+        ("min_new_tokens", 257),
+        ("repetition_penalty", 0.0),
+        ("num_generations", 0),
+        ("slots", 0),
+        ("refill", 0),
         ("stop_sequences", ((),)),
     ],
 )
@@ -238,4 +246,4 @@ def test_config_out_of_range_names_the_field(field, value):
 def test_keys_whose_bits_depend_on_the_batch_are_refused(small, padded):
     generate = make_generate(small.model, Config(max_new_tokens=2))
     with pytest.raises(ValueError, match="threefry2x32"):
-        generate(small.variables, *padded, jax.random.key(0, impl="rbg"))
+        generate(small.decoding, *padded, jax.random.key(0, impl="rbg"))

@@ -10,7 +10,7 @@ from jaxalign.losses.masking import by_step
 from jaxalign.losses.tokens import token_logps
 from jaxalign.models.pretrained import load, load_tokenizer
 from jaxalign.packing import Document, pack
-from jaxalign.sampling import Config, make_generate
+from jaxalign.sampling import Config, make_decoding, make_generate
 from jaxalign.types import Samples
 
 KEY = jax.random.key(23)
@@ -26,7 +26,7 @@ def sampler(model, config):
 
 
 def draw(model, variables, config, padded) -> Samples:
-    return jax.device_get(sampler(model, config)(variables, *padded, KEY))
+    return jax.device_get(sampler(model, config)(make_decoding(model)(variables), *padded, KEY))
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_batch_mates_and_padding_change_no_draw(small, pad, assert_same_draws, o
 
     def run(members, width):
         padded = pad([small.prompts[member] for member in members], width)
-        samples = sampler(small.model, config)(small.variables, *padded, KEY, np.array(members))
+        samples = sampler(small.model, config)(small.decoding, *padded, KEY, np.array(members))
         return dict(zip(members, completions(jax.device_get(samples)), strict=True))
 
     everyone = list(range(len(small.prompts)))

@@ -1,5 +1,7 @@
 """Many prompts through few compiled shapes."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -29,12 +31,13 @@ def traced(small):
     return jax.jit(noting), shapes
 
 
-def test_results_do_not_depend_on_the_batch_size(small, prompts, traced, assert_same_draws):
+def test_results_do_not_depend_on_the_slots(small, prompts, traced, assert_same_draws):
     generate, shapes = traced
-    whole = sample_prompts(generate, small.variables, prompts, KEY, batch_size=64)
-    parts = sample_prompts(generate, small.variables, prompts, KEY, batch_size=4)
-    # 11 prompts at once are 16 rows; in fours, sorted: 33 31 25 17, 16 12 8 4, 3 2 1.
-    assert shapes == [(16, 64), (4, 64), (4, 16)]
+    whole = sample_prompts(generate, small.decoding, prompts, KEY)
+    few = jax.jit(make_generate(small.model, replace(CONFIG, slots=3, refill=2)))
+    parts = sample_prompts(few, small.decoding, prompts, KEY)
+    # 11 prompts are 12 rows, and 33 tokens 48 columns.
+    assert shapes == [(12, 48)]
     for number, prompt in enumerate(prompts):
         one, other = (s.tokens[number, : s.lengths[number]] for s in (whole, parts))
         key = jax.random.fold_in(KEY, number)
@@ -43,28 +46,29 @@ def test_results_do_not_depend_on_the_batch_size(small, prompts, traced, assert_
             assert parts.finish[number] == whole.finish[number]
     assert whole.tokens.shape == (11, 6)
     assert isinstance(whole.tokens, np.ndarray)
+    assert (whole.counters["refills"], parts.counters["refills"]) == (0, 11 - 3)
 
 
 def test_a_second_call_compiles_nothing(small, prompts, traced):
     generate, shapes = traced
-    sample_prompts(generate, small.variables, prompts, KEY, batch_size=4)
+    sample_prompts(generate, small.decoding, prompts, KEY)
     before = len(shapes)
     shuffled = [prompts[i][:-1] or prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))]
-    sample_prompts(generate, small.variables, shuffled, jax.random.key(6), batch_size=4)
-    # One token shorter, the longest fits 32.
-    assert shapes[before:] == [(4, 32)]
+    sample_prompts(generate, small.decoding, shuffled[:-1], jax.random.key(6))
+    # One token shorter, the longest fits 32; ten rows are twelve.
+    assert shapes[before:] == [(12, 32)]
 
 
 @pytest.mark.parametrize(("prompts", "message"), [([], "no prompts"), ([[1, 2], [], [3]], "prompt 1 is empty")])
 def test_prompts_that_cannot_be_sampled(small, prompts, message):
     with pytest.raises(ValueError, match=message):
-        sample_prompts(make_generate(small.model, CONFIG), small.variables, prompts, KEY, batch_size=2)
+        sample_prompts(make_generate(small.model, CONFIG), small.decoding, prompts, KEY)
 
 
-@pytest.mark.parametrize(("n", "width"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128)])
+@pytest.mark.parametrize(("n", "width"), [(1, 16), (16, 16), (17, 24), (25, 32), (64, 64), (65, 96), (97, 128)])
 def test_bucket_width(n, width):
     assert bucket_width(n) == width
 
 
 def test_bucket_width_of_one_row():
-    assert [bucket_width(n, 1) for n in (1, 2, 3, 9)] == [1, 2, 4, 16]
+    assert [bucket_width(n, 1) for n in (1, 2, 3, 4, 5, 9, 13)] == [1, 2, 3, 4, 6, 12, 16]

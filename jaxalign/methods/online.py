@@ -1,0 +1,233 @@
+"""The source of every method that learns from its own completions: it draws, scores, estimates, and gives batches.
+
+A rollout is kept whole, per completion, and every batch is packed from it. All that a resumed run needs is in
+`state()`: the rollout with what is known of each token, how many of its updates are done, and counters. Random numbers
+come from the run's key and these counters alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from types import ModuleType
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxalign.methods.offline import Layout
+from jaxalign.methods.rollout import (
+    Draw,
+    Pass,
+    join,
+    pack_prompts,
+    reward_metrics,
+    rollout_metrics,
+    run_passes,
+    select,
+    to_experience,
+)
+from jaxalign.sharding import place_batch
+from jaxalign.types import Batch, Experience, Mean, Metric, PyTree, Variables
+
+# No step has this number: keys of rollouts are none of the steps'.
+ROLLOUTS = np.iinfo(np.int32).max - 1
+TIMES = ("timing_s/sampling", "timing_s/scoring", "timing_s/passes")
+
+
+class Prompts(Protocol):
+    """Prompts by number."""
+
+    def __len__(self) -> int:
+        """How many."""
+        ...
+
+    def __getitem__(self, i: int, /) -> Mapping[str, np.ndarray]:
+        """Example i; `prompt_ids` is its prompt."""
+        ...
+
+
+# Begins to score a rollout, and gives back what waits for the scores: float64 [n, rewards], NaN = none.
+Score = Callable[[Experience], Callable[[], np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an online source is made of.
+
+    Attributes:
+      prompts: the data.
+      draw: draws completions with the policy's variables.
+      policy: params of the train state -> variables of the policy.
+      score: scores the completions of a rollout.
+      rewards: names of the scores that a completion gets.
+      passes: by the name of the field that they fill, for all fields that the method wants; those of a reference do not
+        look at the params.
+      width: tokens of the longest prompt.
+    """
+
+    prompts: Prompts
+    draw: Draw
+    policy: Callable[[PyTree], Variables]
+    score: Score
+    rewards: tuple[str, ...]
+    passes: Mapping[str, Pass] = field(default_factory=dict)
+    width: int = 0
+
+
+@dataclass
+class _Progress:
+    """Counters, all of which are saved."""
+
+    position: int = 0  # prompts taken from the data so far
+    rollouts: int = 0  # times completions were drawn so far
+    update: int = 0  # updates made with the current rollout
+    num_tokens: int = 0  # prompt and completion tokens trained on so far
+
+
+class OnlineSource:
+    """Batches from the policy's own completions.
+
+    Args:
+      method: a module of `METHODS` with `ONLINE`.
+      config: its Config.
+      parts: data, sampler, rewards.
+      layout: of batches; an example is a prompt with all its completions.
+      mesh: where batches go.
+      key: the run's key.
+      seed: of the order of prompts.
+      shuffle: a new order each epoch; else the order of the data.
+    """
+
+    def __init__(
+        self,
+        method: ModuleType,
+        config: Any,
+        parts: Parts,
+        layout: Layout,
+        mesh: Mesh,
+        *,
+        key: jax.Array,
+        seed: int = 0,
+        shuffle: bool = True,
+    ):
+        self._method, self._config, self._parts, self._layout, self._mesh = method, config, parts, layout, mesh
+        self._key, self._seed, self._shuffle = jax.random.fold_in(key, ROLLOUTS), seed, shuffle
+        self._progress = _Progress()
+        self._experience: Experience | None = None
+        self._carry: dict[str, float] = method.start_carry(config)
+
+    def next(self, state: Any) -> tuple[Batch, dict[str, Metric | float | int]]:
+        """The next batch on the mesh; draws a new rollout with the current policy when the last one is used up."""
+        metrics: dict[str, Metric | float | int] = {}
+        updates = self._method.num_updates(self._config)
+        if self._experience is None or self._progress.update == updates:
+            metrics |= self._refill(state.params)
+        experience = self._experience
+        assert experience is not None
+        members = self._members(self._progress.update)
+        names = self._method.fields(self._config)
+        batch = pack_prompts(experience, members, self._layout, share_prompt=self._config.share_prompt, fields=names)
+        extra = self._method.batch_fields(self._config, experience, len(batch.present))
+        batch = place_batch(self._mesh, replace(batch, fields={**batch.fields, **extra}))
+        self._progress.update += 1
+        size = experience.num_generations
+        own = (members[:, None] * size + np.arange(size)[None]).reshape(-1)
+        tokens = size * int(experience.prompt_lengths[members].sum()) + int(experience.lengths[own].sum())
+        self._progress.num_tokens += tokens
+        metrics["num_tokens"] = self._progress.num_tokens
+        metrics["epoch"] = self._progress.position / len(self._parts.prompts)
+        return batch, metrics
+
+    def state(self) -> dict[str, Any]:
+        """Rollout, counters and what the method carries from rollout to rollout."""
+        kept = None if self._experience is None else asdict(self._experience)
+        return {"progress": asdict(self._progress), "carry": dict(self._carry), "experience": kept}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from `state`."""
+        self._progress = _Progress(**{name: int(value) for name, value in state["progress"].items()})
+        self._carry = {name: float(value) for name, value in state["carry"].items()}
+        kept = state["experience"]
+        self._experience = None if kept is None else Experience(**kept)
+
+    def close(self) -> None:
+        """Nothing runs in the background between two calls."""
+
+    @property
+    def experience(self) -> Experience | None:
+        """The current rollout, None before the first."""
+        return self._experience
+
+    def _members(self, update: int) -> np.ndarray:
+        """Prompts of the current rollout that this update learns from."""
+        assert self._experience is not None
+        rng = np.random.default_rng([self._seed, self._progress.rollouts])
+        return self._method.schedule(self._config, len(self._experience.prompts), self._layout.batch_size, rng)[update]
+
+    def _take(self, count: int) -> np.ndarray:
+        """Numbers of the next prompts; an epoch's order is a function of the seed and its number."""
+        total, numbers = len(self._parts.prompts), []
+        for position in range(self._progress.position, self._progress.position + count):
+            epoch, place = divmod(position, total)
+            numbers.append(int(self._order(epoch)[place]))
+        self._progress.position += count
+        return np.array(numbers, np.int64)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        total = len(self._parts.prompts)
+        return np.random.default_rng([self._seed, epoch]).permutation(total) if self._shuffle else np.arange(total)
+
+    def _refill(self, params: PyTree) -> dict[str, Metric | float | int]:
+        times: dict[str, float] = dict.fromkeys(TIMES, 0.0)
+        drawn = self._collect(params, times)
+        experience, metrics, self._carry = self._method.estimate(self._config, drawn, self._carry)
+        self._experience = experience
+        self._progress.update = 0
+        counts = {name: Mean(seconds, 1.0) for name, seconds in times.items()}
+        return {**metrics, **reward_metrics(self._parts.rewards, experience), **rollout_metrics(experience), **counts}
+
+    def _collect(self, params: PyTree, times: dict[str, float]) -> Experience:
+        """Draws and scores until there are enough prompts that the method keeps."""
+        wanted = self._method.rollout_prompts(self._config, self._layout.batch_size)
+        most, parts, found = self._method.max_rollouts(self._config), [], 0
+        variables = self._parts.policy(params)
+        for _ in range(most):
+            experience = self._draw(variables, wanted, times)
+            start = time.perf_counter()
+            scores = self._parts.score(experience)
+            if most == 1:  # scoring overlaps with the passes: nothing will be thrown away
+                experience = self._run_passes(experience, params, times)
+                start = time.perf_counter()
+            experience = replace(experience, scores=scores())
+            times["timing_s/scoring"] += time.perf_counter() - start
+            kept = np.flatnonzero(self._method.keep(self._config, experience))[: wanted - found]
+            parts.append(select(experience, kept))
+            found += len(kept)
+            if found == wanted:
+                joined = join(parts)
+                return joined if most == 1 else self._run_passes(joined, params, times)
+        raise RuntimeError(
+            f"dynamic sampling: after {most} rollouts only {found} of {wanted} prompts have completions with different "
+            f"scores. Take easier or harder prompts, raise method.num_generations or method.max_rollouts "
+            f"({most}), or set method.dynamic_sampling to false"
+        )
+
+    def _draw(self, variables: Variables, count: int, times: dict[str, float]) -> Experience:
+        start = time.perf_counter()
+        numbers = self._take(count)
+        prompts = [np.asarray(self._parts.prompts[int(i)]["prompt_ids"]) for i in numbers]
+        key = jax.random.fold_in(self._key, self._progress.rollouts)
+        samples = self._parts.draw(variables, prompts, key)
+        self._progress.rollouts += 1
+        times["timing_s/sampling"] += time.perf_counter() - start
+        return to_experience(prompts, numbers, samples, self._parts.width, len(self._parts.rewards))
+
+    def _run_passes(self, experience: Experience, params: PyTree, times: dict[str, float]) -> Experience:
+        start = time.perf_counter()
+        share = self._config.share_prompt
+        filled = run_passes(experience, self._parts.passes, params, self._layout, self._mesh, share_prompt=share)
+        times["timing_s/passes"] += time.perf_counter() - start
+        return filled

@@ -1,0 +1,225 @@
+"""A rollout on the host: drawing completions, packing them, and what a packed pass says about each token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxalign import sampling
+from jaxalign.methods.offline import Layout
+from jaxalign.models import Model
+from jaxalign.packing import Document, build, pieces_of, plan
+from jaxalign.sampling.choose import Config as SamplingConfig
+from jaxalign.sampling.generate import STOP
+from jaxalign.sharding import Mesh, data_shards, place_batch
+from jaxalign.types import Array, Batch, Experience, Max, Mean, Metrics, Min, PyTree, Samples, Variables
+
+# (params, batch on the mesh) -> float32 [micro, rows, predictions]
+Pass = Callable[[PyTree, Batch], Array]
+Draw = Callable[[Variables, Sequence[np.ndarray], jax.Array], Samples]
+Decode = Callable[[Sequence[int]], str]
+
+
+def make_draw(
+    model: Model,
+    config: SamplingConfig,
+    mesh: Mesh,
+    *,
+    width: int,
+    stops: Sequence[str] = (),
+    decode: Decode | None = None,
+) -> Draw:
+    """`(variables, prompts, key) -> Samples`: completions of all prompts, drawn by one compiled loop.
+
+    Args:
+      model: the model.
+      config: how they are drawn.
+      mesh: where.
+      width: tokens of the longest prompt there can be; always padded to, so that one program serves every rollout.
+      stops: strings that end a completion; they are looked for after the loop.
+      decode: token ids as text; needed with `stops`.
+    """
+    shards = data_shards(mesh)
+    generate = jax.jit(sampling.make_generate(model, config, mesh if mesh.size > 1 else None))
+    decoding = sampling.make_decoding(model, mesh if mesh.size > 1 else None)
+
+    def draw(variables: Variables, prompts: Sequence[np.ndarray], key: jax.Array) -> Samples:
+        rows = -(-len(prompts) // shards) * shards
+        padded, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
+        for row, prompt in enumerate(prompts):
+            padded[row, : len(prompt)], lengths[row] = prompt, len(prompt)
+        drawn = jax.device_get(generate(decoding(variables), padded, lengths, key))
+        samples = _first(drawn, len(prompts) * config.num_generations)
+        return samples if decode is None or not stops else _stop(samples, decode, stops)
+
+    return draw
+
+
+def to_experience(
+    prompts: Sequence[np.ndarray], examples: np.ndarray, samples: Samples, width: int, rewards: int
+) -> Experience:
+    """A rollout of these samples, not scored yet: all scores are NaN."""
+    padded = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    fields = {"sampler_logps": np.asarray(samples.sampler_logps), "log_mass": np.asarray(samples.log_mass)}
+    return Experience(
+        prompts=padded,
+        prompt_lengths=np.array([len(prompt) for prompt in prompts], np.int32),
+        examples=np.asarray(examples, np.int64),
+        tokens=np.asarray(samples.tokens),
+        lengths=np.asarray(samples.lengths),
+        finish=np.asarray(samples.finish),
+        scores=np.full((len(samples.lengths), rewards), np.nan),
+        fields=fields,
+    )
+
+
+def select(experience: Experience, prompts: np.ndarray) -> Experience:
+    """The groups of some prompts, by number."""
+    size = experience.num_generations
+    members = (np.asarray(prompts)[:, None] * size + np.arange(size)[None]).reshape(-1)
+    per_prompt = {name: getattr(experience, name)[prompts] for name in ("prompts", "prompt_lengths", "examples")}
+    names = ("tokens", "lengths", "finish", "scores")
+    fields = {name: values[members] for name, values in experience.fields.items()}
+    return Experience(**per_prompt, **{name: getattr(experience, name)[members] for name in names}, fields=fields)
+
+
+def join(parts: Sequence[Experience]) -> Experience:
+    """Several rollouts as one."""
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def document(experience: Experience, prompt: int, fields: Sequence[str]) -> Document:
+    """A prompt as trunk, its completions as branches, with fields per token."""
+    size = experience.num_generations
+    members, lengths = range(prompt * size, (prompt + 1) * size), experience.lengths
+    return Document(
+        trunk=experience.prompts[prompt, : experience.prompt_lengths[prompt]],
+        branches=tuple(experience.tokens[c, : lengths[c]] for c in members),
+        fields={name: tuple(experience.fields[name][c, : lengths[c]] for c in members) for name in fields},
+    )
+
+
+def row_length(width: int, steps: int, completions: int, *, share_prompt: bool, multiple: int) -> int:
+    """Tokens of the longest document that a rollout can hold (a completion with its own prompt, if unshared)."""
+    longest = width + (completions if share_prompt else 1) * max(steps - 1, 0)
+    return -(-longest // multiple) * multiple
+
+
+def pack_prompts(
+    experience: Experience,
+    prompts: Sequence[int] | np.ndarray,
+    layout: Layout,
+    *,
+    share_prompt: bool = True,
+    fields: Sequence[str] = (),
+) -> Batch:
+    """Packs the groups of some prompts; the micro-batches are as many as `layout.batch_size` has.
+
+    Predictions per row are rounded up to an eighth of the most there can be, since every shape compiles anew.
+    """
+    documents = {i: document(experience, int(p), fields) for i, p in enumerate(prompts)}
+    size = experience.num_generations
+    planned = plan(
+        [pieces_of(each, share_prompt) for each in documents.values()],
+        micro_batches=-(-layout.batch_size // layout.micro_batch_size),
+        micro_batch_size=layout.micro_batch_size,
+        length=layout.length,
+        shards=layout.shards,
+        processes=layout.processes,
+        predictions_multiple=max(32, -(-layout.length // 8 // 32) * 32),
+    )
+    return build(planned, documents, micro_batch_size=layout.micro_batch_size, completions=size, process=layout.process)
+
+
+def run_passes(
+    experience: Experience,
+    passes: Mapping[str, Pass],
+    params: PyTree,
+    layout: Layout,
+    mesh: Mesh,
+    *,
+    share_prompt: bool = True,
+) -> Experience:
+    """Adds to every token what packed passes say of it, for example `ref_logps`."""
+    if not passes:
+        return experience
+    found = {name: np.zeros(experience.tokens.shape, np.float32) for name in passes}
+    total = len(experience.prompts)
+    for start in range(0, total, layout.batch_size):
+        members = np.arange(start, min(start + layout.batch_size, total))
+        host = pack_prompts(experience, members, layout, share_prompt=share_prompt)
+        batch = place_batch(mesh, host)
+        first = start * experience.num_generations
+        for name, run in passes.items():
+            _scatter(found[name][first:], np.asarray(run(params, batch)), host, layout, experience.num_generations)
+    return replace(experience, fields={**experience.fields, **found})
+
+
+def rollout_metrics(experience: Experience) -> Metrics:
+    """What a rollout's completions look like, under TRL's names."""
+    lengths, ended = experience.lengths.astype(np.float64), experience.finish > 0
+    metrics: dict[str, Any] = {
+        **spread("completions/{}_length", lengths),
+        "completions/clipped_ratio": Mean(float((~ended).sum()), float(len(ended))),
+    }
+    if ended.any():
+        metrics |= spread("completions/{}_terminated_length", lengths[ended])
+    return metrics
+
+
+def reward_metrics(names: Sequence[str], experience: Experience) -> dict[str, Any]:
+    """Mean and standard deviation of each reward, under TRL's names; absent where nothing was scored."""
+    metrics: dict[str, Any] = {}
+    for name, scores in zip(names, experience.scores.T, strict=True):
+        known = scores[~np.isnan(scores)]
+        if len(known):
+            metrics[f"rewards/{name}/mean"] = Mean(float(known.sum()), float(len(known)))
+        if len(known) > 1:
+            metrics[f"rewards/{name}/std"] = Mean(float(known.std(ddof=1)), 1.0)
+    return metrics
+
+
+def spread(name: str, values: np.ndarray) -> Metrics:
+    """Mean, least and greatest of values, under `name` with its braces filled in."""
+    return {
+        name.format("mean"): Mean(float(values.sum()), float(len(values))),
+        name.format("min"): Min(float(values.min())),
+        name.format("max"): Max(float(values.max())),
+    }
+
+
+def _first(samples: Samples, count: int) -> Samples:
+    names = ("tokens", "lengths", "finish", "sampler_logps", "log_mass")
+    return Samples(**{name: getattr(samples, name)[:count] for name in names}, counters=samples.counters)
+
+
+def _stop(samples: Samples, decode: Decode, stops: Sequence[str]) -> Samples:
+    """Cuts completions after the token that completes a stop string."""
+    old = np.asarray(samples.lengths)
+    rows = zip(np.asarray(samples.tokens), old, strict=True)
+    lengths = np.array([sampling.truncate_tokens(row[:n].tolist(), decode, stops) for row, n in rows], np.int32)
+    keep = np.arange(samples.tokens.shape[1])[None] < lengths[:, None]
+    return replace(
+        samples,
+        tokens=np.where(keep, samples.tokens, 0),
+        lengths=lengths,
+        finish=np.where(lengths < old, STOP, samples.finish).astype(np.int32),
+        sampler_logps=np.where(keep, samples.sampler_logps, 0),
+        log_mass=np.where(keep, samples.log_mass, 0),
+    )
+
+
+def _scatter(target: np.ndarray, values: np.ndarray, batch: Batch, layout: Layout, size: int) -> None:
+    """Writes `[micro, rows, predictions]` into `[completions, steps]`, in place."""
+    completions, steps = np.asarray(batch.predictions.completions), np.asarray(batch.predictions.steps)
+    for micro in range(len(values)):
+        real = completions[micro] >= 0
+        target[micro * layout.micro_batch_size * size + completions[micro][real], steps[micro][real]] = values[micro][
+            real
+        ]

@@ -1,0 +1,301 @@
+"""What an online stage draws with, scores with, and is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxalign import data, losses, models, rewards, sampling
+from jaxalign.methods.common import join_variables
+from jaxalign.methods.online import OnlineSource, Parts
+from jaxalign.methods.rollout import Draw, Pass, make_draw, reward_metrics, rollout_metrics, to_experience
+from jaxalign.rewards.model import check_same_tokenizer, make_scorer
+from jaxalign.run.prepare import Prepared, resolve_dtype
+from jaxalign.sampling import bucket_width
+from jaxalign.training.loop import Evaluate, OnSample
+from jaxalign.types import Experience, Mean, Metrics, PyTree, Variables
+
+# No step has this number: the noise of evaluations is none of theirs.
+EVALUATION = np.iinfo(np.int32).max - 2
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The rewards of a stage, loaded.
+
+    Attributes:
+      names: of the rewards, in order.
+      weights: of them.
+      start: begins to score a rollout of examples, see `methods.online.Score`.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    start: Callable[[data.Examples, Experience], Callable[[], np.ndarray]]
+
+
+def load_scoring(ready: Prepared) -> Scoring:
+    """Loads reward functions and reward models.
+
+    Raises:
+      ValueError: no reward, an unknown one, a column that the data lacks, or a reward model with another tokenizer.
+    """
+    section = ready.stage.rollout
+    if not section.rewards:
+        raise ValueError("rollout.rewards: an online method needs at least one reward, for example [{name: gsm8k}]")
+    functions, scorers, order = [], [], []
+    for each in section.rewards:
+        if each.model is not None:
+            order.append((len(scorers), True))
+            scorers.append(_load_scorer(ready, each.model))
+        else:
+            order.append((len(functions), False))
+            functions.append(rewards.load_reward(each.name or "", each.options))
+    first = ready.data.train.row(0) if ready.data.train.rows is not None else {}
+    for function in functions:
+        function.check_columns([*first, "completion_ids", "prompts", "completions"])
+    names = _distinct(
+        [each.name.rpartition(":")[2].rpartition("/")[2] if each.name else "model" for each in section.rewards]
+    )
+
+    def start(examples: data.Examples, experience: Experience) -> Callable[[], np.ndarray]:
+        given = _given(ready, examples, experience)
+        pending = None
+        if functions:
+            pending = rewards.start_rewards(
+                functions, **given, timeout=section.reward_timeout, on_error=section.on_reward_error
+            )
+        by_model = [score(_sequences(experience)) for score in scorers]
+
+        def collect() -> np.ndarray:
+            by_function = pending.result() if pending else np.zeros((len(experience.tokens), 0))
+            columns = [by_model[i] if is_model else by_function[:, i] for i, is_model in order]
+            return np.stack(columns, axis=1).astype(np.float64)
+
+        return collect
+
+    return Scoring(tuple(names), tuple(each.weight for each in section.rewards), start)
+
+
+def sampling_config(ready: Prepared, **changes: Any) -> sampling.Config:
+    """How the stage draws."""
+    method, section = ready.stage.method, ready.stage.rollout
+    names = ("top_k", "top_p", "min_p", "repetition_penalty", "min_new_tokens", "slots", "refill", "cache_dtype")
+    return sampling.Config(
+        **{
+            **{name: getattr(section, name) for name in names},
+            "temperature": method.temperature,
+            "max_new_tokens": method.max_completion_length,
+            "num_generations": method.num_generations,
+            "eos_ids": models.end_ids(ready.model.config, ready.data.tokenizer),
+            **changes,
+        }
+    )
+
+
+def prompt_width(ready: Prepared) -> int:
+    """Tokens of the longest prompt of the stage, rounded up."""
+    sets = [each for each in (ready.data.train, ready.data.eval) if each is not None]
+    return bucket_width(max(int(each.lengths["prompt"].max()) for each in sets))
+
+
+def draw_with(ready: Prepared, config: sampling.Config, width: int) -> Draw:
+    """The stage's sampler."""
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(ready.data.tokenizer.decode(ids, skip_special_tokens=True))
+
+    return make_draw(ready.model, config, ready.mesh, width=width, stops=ready.stage.rollout.stop, decode=decode)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What an online stage trains.
+
+    Attributes:
+      model: what the method's `init` and `make_step` take.
+      shapes: the variables that `init` takes, as shapes.
+      load: loads them.
+      passes: per model, what says something of packed tokens, see `make_passes`.
+    """
+
+    model: Any
+    shapes: Any
+    load: Callable[[], Any]
+    passes: dict[str, Callable[..., Any]]
+
+
+def online_models(ready: Prepared, key: jax.Array, load: Callable[[str], Variables]) -> Trained:
+    """The policy, and the critic where the method has one.
+
+    Args:
+      ready: the stage.
+      key: of a new head.
+      load: path -> variables of the policy's model.
+    """
+    stage, method = ready.stage, ready.method
+    logps = method.make_logps(stage.method, ready.model)
+    passes = {
+        "reference": logps,
+        "policy": lambda params, frozen, batch: logps(method.policy_of(params, frozen), batch),
+    }
+    return Trained(ready.model, jax.eval_shape(ready.model.init, key), lambda: load(stage.model.path), passes)
+
+
+def make_passes(
+    ready: Prepared, reference: Callable[[], Variables], functions: Mapping[str, Callable[..., Any]], frozen: PyTree
+) -> dict[str, Pass]:
+    """The passes that fill the method's fields.
+
+    Args:
+      ready: the stage.
+      reference: loads the reference's variables; called only if the method wants them.
+      functions: per model (`policy`, `value`), `(params, frozen, batch) -> [micro, rows, predictions]`; of `reference`
+        `(variables, batch)`.
+      frozen: the frozen variables.
+    """
+    narrow = resolve_dtype(ready.stage.model.compute_dtype) != "float32"
+    found: dict[str, Pass] = {}
+    for name, role in ready.method.passes(ready.stage.method, narrow=narrow).items():
+        run = jax.jit(functions[role])
+        if role == "reference":
+            variables = reference()
+            found[name] = lambda params, batch, run=run, variables=variables: run(variables, batch)
+        else:
+            found[name] = lambda params, batch, run=run: run(params, frozen, batch)
+    return found
+
+
+def make_online_source(
+    ready: Prepared, scoring: Scoring, passes: Mapping[str, Pass], frozen: PyTree, key: jax.Array
+) -> OnlineSource:
+    """The source of the stage's batches."""
+    stage, width = ready.stage, prompt_width(ready)
+    parts = Parts(
+        prompts=ready.data.train,
+        draw=draw_with(ready, sampling_config(ready), width),
+        policy=lambda params: _language_model(ready, ready.method.policy_of(params, frozen)),
+        score=partial(scoring.start, ready.data.train),
+        rewards=scoring.names,
+        passes=passes,
+        width=width,
+    )
+    config = replace(stage.method, reward_weights=scoring.weights)
+    return OnlineSource(
+        ready.method, config, parts, ready.layout, ready.mesh, key=key, seed=stage.data.seed, shuffle=stage.data.shuffle
+    )
+
+
+def make_online_evaluate(ready: Prepared, scoring: Scoring, frozen: PyTree) -> Evaluate | None:
+    """Greedy answers to the evaluation data's prompts, scored: `reward`, `rewards/<name>/mean`, `completions/*`."""
+    examples = ready.data.eval
+    if examples is None:
+        return None
+    most = ready.stage.rollout.eval_prompts
+    judged = examples if most is None else examples.select(np.arange(min(most, len(examples))))
+    width = prompt_width(ready)
+    draw = draw_with(ready, sampling_config(ready, temperature=0.0, num_generations=1), width)
+    prompts = [np.asarray(judged[i]["prompt_ids"]) for i in range(len(judged))]
+
+    def evaluate(state: Any) -> Metrics:
+        variables = _language_model(ready, ready.method.policy_of(state.params, frozen))
+        samples = draw(variables, prompts, jax.random.key(EVALUATION))
+        experience = to_experience(prompts, np.arange(len(prompts)), samples, width, len(scoring.names))
+        experience = replace(experience, scores=scoring.start(judged, experience)())
+        total = np.asarray(losses.sum_scores(experience.scores, np.asarray(scoring.weights)))
+        known = total[~np.isnan(total)]
+        per_reward = {n: m for n, m in reward_metrics(scoring.names, experience).items() if n.endswith("mean")}
+        return {
+            "reward": Mean(float(known.sum()), float(len(known))),
+            **per_reward,
+            **rollout_metrics(experience),
+        }
+
+    return evaluate
+
+
+def make_online_samples(ready: Prepared, scoring: Scoring, source: OnlineSource) -> OnSample:
+    """Records of the current rollout: the first prompts with their first completions and scores."""
+    decode = ready.data.tokenizer.decode
+
+    def sample(number: int, state: Any) -> Iterable[dict[str, Any]]:
+        del number, state
+        experience = source.experience
+        if experience is None:
+            return []
+        records = []
+        for prompt in range(min(ready.stage.log.sample_prompts, len(experience.prompts))):
+            c = prompt * experience.num_generations
+            scores = {
+                name: None if np.isnan(score) else float(score)
+                for name, score in zip(scoring.names, experience.scores[c], strict=True)
+            }
+            records.append(
+                {
+                    "prompt": decode(experience.prompts[prompt, : experience.prompt_lengths[prompt]].tolist()),
+                    "completion": decode(experience.tokens[c, : experience.lengths[c]].tolist()),
+                    "rewards": scores,
+                    "tokens": int(experience.lengths[c]),
+                    "ended": bool(experience.finish[c] > 0),
+                }
+            )
+        return records
+
+    return sample
+
+
+def _language_model(ready: Prepared, variables: Variables) -> Variables:
+    """Without the head of a critic that shares the policy's blocks."""
+    params = {
+        name: tree for name, tree in variables["params"].items() if name != "score" or ready.model.config.score_head
+    }
+    return join_variables({"params": params}, {name: tree for name, tree in variables.items() if name != "params"})
+
+
+def _load_scorer(ready: Prepared, path: str) -> Callable[[list[np.ndarray]], np.ndarray]:
+    check_same_tokenizer(ready.data.tokenizer, models.load_tokenizer(path))
+    model, variables = models.load(
+        path,
+        mesh=ready.mesh,
+        param_dtype=ready.stage.model.param_dtype,
+        compute_dtype=resolve_dtype(ready.stage.model.compute_dtype),
+    )
+    return make_scorer(model, variables, mesh=ready.mesh if ready.mesh.size > 1 else None)
+
+
+def _sequences(experience: Experience) -> list[np.ndarray]:
+    """Prompt and completion together, one per completion."""
+    size = experience.num_generations
+    return [
+        np.concatenate(
+            [
+                experience.prompts[c // size, : experience.prompt_lengths[c // size]],
+                experience.tokens[c, : experience.lengths[c]],
+            ]
+        )
+        for c in range(len(experience.tokens))
+    ]
+
+
+def _given(ready: Prepared, examples: data.Examples, experience: Experience) -> dict[str, Any]:
+    """What reward functions are given: texts, or messages where the data has messages, and the data's columns."""
+    tokenizer, size = ready.data.tokenizer, experience.num_generations
+    ids = [row[:n].tolist() for row, n in zip(experience.tokens, experience.lengths, strict=True)]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    rows = [examples.row(int(i)) for i in np.repeat(experience.examples, size)]
+    prompts = [row["prompt"] for row in rows]
+    chat = not isinstance(prompts[0], str)
+    completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
+    names = [name for name in rows[0] if name not in ("prompt", "completion")]
+    columns = {name: [row[name] for row in rows] for name in names}
+    return {"prompts": prompts, "completions": completions, "columns": {**columns, "completion_ids": ids}}
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Names with a number after those that came before."""
+    return [name if names.index(name) == i else f"{name}_{i}" for i, name in enumerate(names)]

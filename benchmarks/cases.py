@@ -141,10 +141,10 @@ def use_cores(count: int) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
+def arguments(description: str, tasks: tuple[str, ...] = ("sft", "dpo")) -> argparse.ArgumentParser:
     """The command line that every trainer's script shares."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--task", choices=("sft", "dpo"), required=True)
+    parser.add_argument("--task", choices=tasks, required=True)
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--data", type=Path, required=True, help="JSONL of prompt_ids, chosen_ids, rejected_ids")
     parser.add_argument("--steps", type=int, default=5, help="measured steps")

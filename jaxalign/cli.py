@@ -49,10 +49,11 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         app()
-    except (ValueError, FileNotFoundError, FileExistsError, OSError, FloatingPointError) as error:
+    except _expected() as error:
         if os.environ.get("JAXALIGN_TRACEBACK"):
             raise
-        console.print(f"[bold red]error:[/] {_escape(_plain(error))}", highlight=False, soft_wrap=True)
+        told = "\n".join([_plain(error), *getattr(error, "__notes__", ())])
+        console.print(f"[bold red]error:[/] {_escape(told)}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -64,15 +65,17 @@ def run(
 ) -> None:
     """Train what CONFIG says; the same command continues a run that was stopped."""
     from jaxalign import run as runs
+    from jaxalign.run.compare import comparison_tables
 
     _keep_compiled()
     loaded = _load(config, overrides)
-    result = runs.run(loaded, fresh=fresh, say=_say, make_progress=_progress)
+    result = runs.run(loaded, fresh=fresh, say=_say, make_progress=_progress, show=_show_samples)
     for stage in result.stages:
         if stage.export is not None:
             _metrics_table(stage.name or "result", stage.metrics)
     if result.comparison is not None:
-        _show_comparison(result.comparison, loaded.compare.samples)
+        for table in comparison_tables(result.comparison, loaded.compare.samples):
+            console.print(table)
     if result.stages and result.stages[-1].export is not None:
         _say(f"policy: {result.stages[-1].export}")
     if any(stage.reason == "terminated" for stage in result.stages):
@@ -86,63 +89,88 @@ def sample(
     ],
     prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A file with a `prompt` column (JSON lines, Parquet, ...).")
+        Path | None, typer.Option(help="A file with a `prompt` column (JSON lines, Parquet, ...); others are kept.")
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Write JSON lines (prompt, completion) instead of printing.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write JSON lines instead of printing.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message before a single prompt.")] = None,
     raw: Annotated[
         bool, typer.Option(help="Continue a single prompt as plain text, without the chat template.")
     ] = False,
+    num_generations: Annotated[int, typer.Option(help="Completions per prompt; it is read once for all.")] = 1,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Draw among so many tokens; 0 = all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw among the tokens that make up this probability.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Least probability of a token, relative to the best.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Against tokens that were there before; 1 = off.")] = 1.0,
+    min_new_tokens: Annotated[int, typer.Option(help="Tokens before a completion may end by EOS.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion in tokens.")] = 256,
     stop: Annotated[
         list[str] | None, typer.Option(help="A string that ends a completion; may be given several times.")
     ] = None,
+    keep_stop: Annotated[bool, typer.Option("--keep-stop", help="Leave the stop string in the text.")] = False,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 16,
+    slots: Annotated[
+        int, typer.Option(help="Completions drawn at the same time; one that ends makes room for the next.")
+    ] = 16,
+    tensor: Annotated[int, typer.Option(help="Devices that hold one copy of the model together.")] = 1,
+    score: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A reward: a name (gsm8k), an import path (file.py:function), either with options "
+            '(regex:{"pattern": "yes"}), or a reward model\'s folder; may be given several times.'
+        ),
+    ] = None,
+    score_weight: Annotated[list[float] | None, typer.Option(help="Of each --score, in order; 1 by default.")] = None,
+    score_timeout: Annotated[float, typer.Option(help="Seconds that reward functions may take.")] = 600.0,
+    on_score_error: Annotated[str, typer.Option(help="raise, or none: no score where a function fails.")] = "raise",
+    select: Annotated[
+        str,
+        typer.Option(help="all; best: rows for SFT, each prompt's best; pairs: preferences, its best and its worst."),
+    ] = "all",
+    min_score: Annotated[float | None, typer.Option(help="Leave out what has no score of at least this.")] = None,
+    ended: Annotated[bool, typer.Option("--ended", help="Leave out what was cut at --max-new-tokens.")] = False,
 ) -> None:
-    """Draw completions from MODEL."""
-    from jaxalign import evaluation, models, sampling
-    from jaxalign.run import exported, resolve_dtype
+    """Draw completions from MODEL, score them, and make data sets of the best."""
+    from jaxalign import sampling
+    from jaxalign.run import sample as runs
+    from jaxalign.run.selection import Rules
 
-    if (prompt is None) == (prompts is None):
-        raise ValueError("give either --prompt TEXT or --prompts FILE")
-    if system and (raw or prompts is not None):
-        raise ValueError("--system goes with --prompt and a chat template; put system messages into the --prompts file")
-    if raw and prompts is not None:
-        raise ValueError("--raw goes with --prompt; strings in a --prompts file are continued as plain text anyway")
     _keep_compiled()
-    model = exported(model)
-    tokenizer = models.load_tokenizer(model)
-    asked, ids = (
-        _read_prompts(tokenizer, prompts) if prompts is not None else _one_prompt(tokenizer, prompt, system, raw)
-    )
-    loaded, variables = models.load(model, compute_dtype=resolve_dtype("auto"))
     settings = sampling.Config(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        min_new_tokens=min_new_tokens,
         max_new_tokens=max_new_tokens,
-        eos_ids=models.end_ids(loaded.config, tokenizer),
-        slots=batch_size,
+        num_generations=num_generations,
+        slots=slots,
     )
-    answer = evaluation.make_answer(loaded, tokenizer, settings, seed=seed, stop=stop or ())
-    texts = answer(variables, ids)
+    request = runs.Request(
+        model=model,
+        prompt=prompt,
+        prompts=prompts,
+        system=system,
+        raw=raw,
+        settings=settings,
+        stop=tuple(stop or ()),
+        keep_stop=keep_stop,
+        seed=seed,
+        tensor=tensor,
+        scores=tuple(score or ()),
+        weights=tuple(score_weight or ()),
+        timeout=score_timeout,
+        on_error=on_score_error,
+        select=select,
+        rules=Rules(min_score, ended),
+        output=output,
+    )
+    rows = runs.sample(request, say=_say)
     if output is not None:
-        rows = [{"prompt": each, "completion": text} for each, text in zip(asked, texts, strict=True)]
-        output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        _say(f"{len(rows)} completions in {output}")
+        _say(f"{len(rows)} rows in {output}")
         return
-    for each, text in zip(asked, texts, strict=True):
-        if prompts is not None:
-            console.print(evaluation.readable(each), style="bold", markup=False, highlight=False)
-        console.print(text, markup=False, highlight=False)
+    _show_completions(rows)
 
 
 @app.command("eval")
@@ -241,24 +269,6 @@ def configs_copy(name: str, target: Annotated[Path, typer.Argument(help="A file 
     _say(f"{where}")
 
 
-def _read_prompts(tokenizer: Any, path: Path) -> tuple[list[Any], list[list[int]]]:
-    from jaxalign import data
-
-    examples = data.load(data.DataConfig(path=str(path)), tokenizer, "prompt").train
-    numbers = range(len(examples))
-    return [examples.row(i)["prompt"] for i in numbers], [examples[i]["prompt_ids"].tolist() for i in numbers]
-
-
-def _one_prompt(tokenizer: Any, prompt: str | None, system: str | None, raw: bool) -> tuple[list[Any], list[list[int]]]:
-    from jaxalign import data
-
-    asked: Any = prompt
-    if not raw and tokenizer.chat_template:
-        asked = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": prompt}]
-    encoded = data.encode(tokenizer, {"prompt": asked}, "prompt", data.DataConfig(path=""))
-    return [asked], [encoded["prompt_ids"].tolist()]
-
-
 def _load(path: Path, overrides: list[str] | None) -> Any:
     from jaxalign.config import load_config, shipped_configs
 
@@ -268,6 +278,13 @@ def _load(path: Path, overrides: list[str] | None) -> Any:
 
 def _say(line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _expected() -> tuple[type[Exception], ...]:
+    """Errors that a user can mend; called only when there is one."""
+    from jaxalign.rewards import RewardError, SandboxError
+
+    return (ValueError, OSError, FloatingPointError, RewardError, SandboxError)
 
 
 def _plain(error: BaseException) -> str:
@@ -293,29 +310,34 @@ def _progress(num_steps: int, start: int, title: str) -> Any:
     return progress_bar(num_steps, start, console, title)
 
 
+def _show_samples(step: int, records: Any) -> None:
+    from jaxalign.training.progress import samples_table
+
+    console.print(samples_table(step, records))
+
+
+def _show_completions(rows: Any) -> None:
+    """Each prompt once, where there are several rows, and what came of it."""
+    from jaxalign.evaluation import readable
+
+    last = None
+    for row in rows:
+        if len(rows) > 1 and row["prompt"] is not last:
+            console.print(readable(row["prompt"]), style="bold", markup=False, highlight=False)
+        if len(rows) > 1 or "score" in row:
+            ended = f"{len(row['completion_ids'])} tokens, {row['finish']}"
+            scored = "".join(f", {name} {value}" for name, value in row.get("scores", {}).items())
+            console.print(f"[{ended}{scored}]", style="dim", markup=False, highlight=False)
+        console.print(readable(row["completion"]).strip(), markup=False, highlight=False)
+        last = row["prompt"]
+
+
 def _metrics_table(title: str, metrics: dict[str, float]) -> None:
     table = Table("metric", title, box=None)
     for name, value in metrics.items():
         if isinstance(value, int | float):
             table.add_row(name, f"{value:.6g}")
     console.print(table)
-
-
-def _show_comparison(comparison: Any, samples: int) -> None:
-    before, after = comparison.before, comparison.after
-    table = Table("held-out answers", "before", "after", title=f"{len(comparison.prompts)} prompts, greedy")
-    for rule, share in before.rules.items():
-        table.add_row(f"satisfy the rule `{rule}`", f"{share:.0%}", f"{after.rules[rule]:.0%}")
-    if before.right is not None:
-        table.add_row("mention what a right answer must", f"{before.right:.0%}", f"{after.right:.0%}")
-    table.add_row("mean words", f"{before.mean_words:.1f}", f"{after.mean_words:.1f}")
-    console.print(table)
-    step = max(1, len(comparison.prompts) // max(samples, 1))
-    shown = Table("prompt", "before", "after", show_lines=True)
-    for i in list(range(0, len(comparison.prompts), step))[:samples]:
-        texts = (comparison.prompts[i], before.answers[i], after.answers[i])
-        shown.add_row(*map(_escape, texts))
-    console.print(shown)
 
 
 def _escape(text: str) -> str:

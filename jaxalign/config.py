@@ -286,7 +286,8 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain_stage(stage: Stage) -> dict[str, Any]:
-    sections = {key: _plain(dataclasses.asdict(getattr(stage, key))) for key in SECTIONS}
+    names = [key for key in SECTIONS if key != "rollout" or is_online(METHODS[stage.method_name])]
+    sections = {key: _plain(dataclasses.asdict(getattr(stage, key))) for key in names}
     method = {"name": stage.method_name, **_plain(dataclasses.asdict(stage.method))}
     return {**({"name": stage.name} if stage.name else {}), "method": method, **sections}
 
@@ -302,7 +303,10 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         for key, each in value.items():
             yield from _flatten(each, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(value, list) and value and all(isinstance(each, Mapping) and "name" in each for each in value):
-        for each in value:
-            yield from _flatten(each, f"{prefix}.{each['name']}")
+        names = [each["name"] for each in value]
+        for i, each in enumerate(value):
+            # Two rewards may be the same function with other options, or models, which have no name.
+            alone = names[i] and names.count(names[i]) == 1
+            yield from _flatten(each, f"{prefix}.{names[i]}" if alone else f"{prefix}[{i}]")
     else:
         yield prefix, value

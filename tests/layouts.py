@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.models import ModelConfig, Rope, build
-from jaxalign.models.transformer import DType
+from jaxalign.models.config import DType
 
 VOCAB = 97
 

@@ -7,20 +7,17 @@ import random
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-HELD_OUT = 100
-TRAIN = 1000
+HELD_OUT = 80
 PHRASES = ("What is {}?", "Calculate {}.", "How much is {}?", "Compute {}.")
 
 
 def questions() -> list[tuple[str, int]]:
-    """Every question with its answer: a + b and a - b below 100 without negative answers, a * b up to 12 * 12."""
-    sums = [(f"{a} + {b}", a + b) for a in range(2, 60) for b in range(2, 40)]
-    differences = [(f"{a} - {b}", a - b) for a in range(4, 100) for b in range(2, min(a, 50))]
+    """Every question with its answer: a + b and a - b up to 15 without negative answers, a * b from 2 to 12."""
+    sums = [(f"{a} + {b}", a + b) for a in range(1, 16) for b in range(1, 16)]
+    differences = [(f"{a} - {b}", a - b) for a in range(2, 16) for b in range(1, a + 1)]
     products = [(f"{a} * {b}", a * b) for a in range(2, 13) for b in range(2, 13)]
-    rng = random.Random(7)
-    chosen = [rng.sample(each, count) for each, count in ((sums, 600), (differences, 400), (products, 100))]
-    mixed = [question for each in chosen for question in each]
-    rng.shuffle(mixed)
+    mixed = [*sums, *differences, *products]
+    random.Random(7).shuffle(mixed)
     return mixed
 
 
@@ -31,7 +28,7 @@ def main() -> None:
         {"prompt": [{"role": "user", "content": rng.choice(PHRASES).format(text)}], "answer": str(answer)}
         for text, answer in questions()
     ]
-    for name, part in (("held_out", rows[:HELD_OUT]), ("train", rows[HELD_OUT : HELD_OUT + TRAIN])):
+    for name, part in (("held_out", rows[:HELD_OUT]), ("train", rows[HELD_OUT:])):
         lines = "".join(json.dumps(row) + "\n" for row in part)
         (HERE / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 

@@ -72,6 +72,11 @@ def is_online(method: ModuleType) -> bool:
     return getattr(method, "ONLINE", False)
 
 
+def has_critic(method: ModuleType) -> bool:
+    """Whether a method trains a critic beside its policy (`CRITIC`)."""
+    return getattr(method, "CRITIC", False)
+
+
 def masked_mean(x: Array, mask: Array) -> Mean:
     """A metric: the mean of x where the mask is 1."""
     return Mean(jnp.where(mask > 0, x, 0).sum().astype(jnp.float32), mask.sum().astype(jnp.float32))

@@ -3,12 +3,24 @@
 How an advantage is estimated (`advantage`), at which level ratios are taken (`importance_sampling_level`), what bounds
 them (`policy_loss`), how tokens are summed (`loss_type`) and how the KL divergence from a reference enters (`beta`,
 `kl_estimator`, `kl_in_reward`) are independent of each other. `PRESETS` are the papers' combinations.
+
+An update without any trainer, from two prompts with three scored completions each:
+
+    config = grpo.Config(num_generations=3)
+    state, frozen = grpo.init(config, model, variables, optimizer, key)
+    step = jax.jit(grpo.make_step(config, model, optimizer), donate_argnums=0)
+    advantages = losses.group_advantages(scores, np.repeat([0, 1], 3)).reshape(2, 3)
+    groups = [
+        {"prompt_ids": prompt, "completion_ids": completions, "advantages": each}
+        for (prompt, completions), each in zip(drawn, advantages)
+    ]
+    state, metrics = step(state, frozen, grpo.make_batch(config, groups))
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -19,6 +31,7 @@ import optax
 
 from jaxalign import losses
 from jaxalign.methods import common
+from jaxalign.methods.grpo_config import PRESETS, Config
 from jaxalign.models import Model
 from jaxalign.packing import Document, pack
 from jaxalign.training.state import TrainState
@@ -26,175 +39,12 @@ from jaxalign.training.step import LossFn, Step, Totals
 from jaxalign.training.step import make_step as make_training_step
 from jaxalign.types import Array, Batch, Experience, Max, Mean, Metrics, PyTree, Variables
 
+__all__ = ["PRESETS", "Config", "estimate", "init", "make_batch", "make_logps", "make_loss", "make_step"]
+
 KIND = "prompt"
 ONLINE = True
 NEEDS_REFERENCE = False  # by default: see `needs_reference`
 LEARNING_RATE = 1e-6
-
-
-@dataclass(frozen=True)
-class Config:
-    """Group-relative policy optimisation.
-
-    Attributes:
-      num_generations: completions per prompt, a group.
-      max_completion_length: longest completion in tokens.
-      temperature: of sampling, and of the policy whose log-probs the loss takes.
-      advantage: key in `ADVANTAGES`: `group`, `batch`, `none`, `leave_one_out`, `reinforce_plus_plus`,
-        `reinforce_plus_plus_baseline`.
-      gamma: discount, of `reinforce_plus_plus` only.
-      multi_objective_aggregation: several rewards are summed and then made into advantages, or the other way round
-        (GDPO; with `advantage: group`).
-      reward_weights: weight of each reward; None = 1 each, or as in `rollout.rewards`.
-      importance_sampling_level: key in `RATIO_LEVELS`: `token`, `sequence` (GSPO), `sequence_token`, `sequence_sum`.
-      policy_loss: key in `POLICY_LOSSES`: `clip`, `dual`, `cispo`, `sapo`, `vespo`.
-      epsilon: how far a ratio may fall below 1.
-      epsilon_high: how far it may rise above; None = `epsilon`. What it means to CISPO: see `cispo_bounds`.
-      delta: second upper bound of the ratio where the advantage is negative; `clip` only.
-      dual_clip: `dual` only.
-      cispo_bounds: key in `CISPO_BOUNDS`: `absolute`, `relative`, `two_sided`.
-      loss_type: key in `AGGREGATIONS`: `grpo`, `bnpo`, `dapo`, `dr_grpo`, `luspo`.
-      beta: weight of the KL divergence from the reference; 0 = no reference is loaded.
-      kl_estimator: `k1`, `k2`, `k3`.
-      kl_in_reward: take the KL off the rewards instead of adding it to the loss.
-      use_bias_correction_kl: multiply the KL in the loss by the probability ratio (DeepSeek-V3.2).
-      num_iterations: passes over a rollout.
-      steps_per_generation: optimiser steps that a rollout is split into; it has so many times `train.batch_size`
-        prompts.
-      old_logps: where log-probs before the first update come from: `sampler`, `trainer` (a pass of its own), or `auto`
-        (the sampler in float32, the trainer in lower precision). A rollout for one update needs none: the ratio is 1.
-      mask_truncated_completions: leave completions that did not end by themselves out of the loss.
-      overlong_cache: DAPO's soft punishment over the last so many tokens before `max_completion_length`; None = none.
-      dynamic_sampling: throw away groups whose scores are all equal, and draw until the batch is full.
-      max_rollouts: most rollouts drawn for one batch under `dynamic_sampling`.
-      disable_dropout: no dropout even if the model's config has some.
-      share_prompt: compute the prompt once for all its completions.
-      logits_chunk: predictions per row whose logits exist at once.
-    """
-
-    num_generations: int = 8
-    max_completion_length: int = 256
-    temperature: float = 1.0
-    advantage: str = "group"
-    gamma: float = 1.0
-    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
-    reward_weights: tuple[float, ...] | None = None
-    importance_sampling_level: str = "token"
-    policy_loss: str = "clip"
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
-    delta: float | None = None
-    dual_clip: float = 3.0
-    cispo_bounds: str = "absolute"
-    sapo_temperature_pos: float = 1.0
-    sapo_temperature_neg: float = 1.05
-    loss_type: str = "dapo"
-    beta: float = 0.0
-    kl_estimator: str = "k3"
-    kl_in_reward: bool = False
-    use_bias_correction_kl: bool = True
-    num_iterations: int = 1
-    steps_per_generation: int = 1
-    old_logps: Literal["auto", "sampler", "trainer"] = "auto"
-    mask_truncated_completions: bool = False
-    overlong_cache: int | None = None
-    dynamic_sampling: bool = False
-    max_rollouts: int = 10
-    disable_dropout: bool = True
-    share_prompt: bool = True
-    logits_chunk: int = 128
-
-    def __post_init__(self):
-        """Raises ValueError on settings that have no meaning; the field is named."""
-        registries = {
-            "advantage": losses.ADVANTAGES,
-            "importance_sampling_level": losses.RATIO_LEVELS,
-            "policy_loss": losses.POLICY_LOSSES,
-            "cispo_bounds": losses.CISPO_BOUNDS,
-            "loss_type": losses.AGGREGATIONS,
-            "kl_estimator": losses.KL_ESTIMATORS,
-        }
-        for name, registry in registries.items():
-            if getattr(self, name) not in registry:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; known: {', '.join(registry)}")
-        grouped = self.advantage != "reinforce_plus_plus"
-        both = self.multi_objective_aggregation == "normalize_then_sum"
-        rules = {
-            "num_generations": (self.num_generations >= (2 if grouped else 1), "at least 2 with this advantage"),
-            "max_completion_length": (self.max_completion_length >= 1, "at least 1"),
-            "temperature": (self.temperature > 0, "above 0"),
-            "gamma": (not grouped or self.gamma == 1, "1 but for reinforce_plus_plus"),
-            "multi_objective_aggregation": (not both or self.advantage == "group", "used with advantage group"),
-            "epsilon": (self.epsilon >= 0, "at least 0"),
-            "delta": (self.delta is None or self.delta > 1 + self.upper, "above 1 + epsilon_high"),
-            "dual_clip": (self.dual_clip > 1, "above 1"),
-            "beta": (self.beta >= 0, "at least 0"),
-            "kl_in_reward": (not (both and self.kl_in_reward), "false with normalize_then_sum"),
-            "num_iterations": (self.num_iterations >= 1, "at least 1"),
-            "steps_per_generation": (self.steps_per_generation >= 1, "at least 1"),
-            "max_rollouts": (self.max_rollouts >= 1, "at least 1"),
-            "overlong_cache": (
-                self.overlong_cache is None or 0 < self.overlong_cache <= self.max_completion_length,
-                "between 1 and max_completion_length",
-            ),
-        }
-        for name, (fits, rule) in rules.items():
-            if not fits:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")
-        if self.delta is not None and self.policy_loss != "clip":
-            raise ValueError(f"delta={self.delta}: the loss {self.policy_loss!r} has no such bound; leave it away")
-
-    @property
-    def upper(self) -> float:
-        """`epsilon_high`, or `epsilon`."""
-        return self.epsilon if self.epsilon_high is None else self.epsilon_high
-
-
-# Settings of the papers; what is not named is GRPO as TRL has it by default, or left to the user.
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # Shao et al., arXiv 2402.03300: KL in the loss, mean over tokens of a completion first.
-    "grpo": {},
-    # Yu et al., arXiv 2503.14476: no KL, clip-higher, token-level loss, dynamic sampling; `overlong_cache` is open.
-    "dapo": {"epsilon": 0.2, "epsilon_high": 0.28, "loss_type": "dapo", "dynamic_sampling": True},
-    # Liu et al., arXiv 2503.20783: no division by the standard deviation nor by the completion's length.
-    "dr_grpo": {"advantage": "none", "loss_type": "dr_grpo"},
-    # Ahmadian et al., arXiv 2402.14740: one ratio per completion, KL in the reward.
-    "rloo": {
-        "advantage": "leave_one_out",
-        "num_generations": 2,
-        "importance_sampling_level": "sequence_sum",
-        "loss_type": "luspo",
-        "beta": 0.05,
-        "kl_estimator": "k1",
-        "kl_in_reward": True,
-    },
-    # Hu et al., arXiv 2501.03262.
-    "reinforce_plus_plus": {
-        "advantage": "reinforce_plus_plus",
-        "num_generations": 1,
-        "loss_type": "bnpo",
-        "beta": 0.01,
-        "kl_estimator": "k1",
-        "kl_in_reward": True,
-    },
-    "reinforce_plus_plus_baseline": {
-        "advantage": "reinforce_plus_plus_baseline",
-        "loss_type": "bnpo",
-        "beta": 0.01,
-        "kl_estimator": "k2",
-        "use_bias_correction_kl": False,
-    },
-    # Zheng et al., arXiv 2507.18071, section 5.1.
-    "gspo": {
-        "importance_sampling_level": "sequence",
-        "loss_type": "grpo",
-        "epsilon": 3e-4,
-        "epsilon_high": 4e-4,
-        "steps_per_generation": 4,
-    },
-    # MiniMax-M1, arXiv 2506.13585; the bound is ScaleRL's, arXiv 2510.13786.
-    "cispo": {"policy_loss": "cispo", "epsilon_high": 5.0, "loss_type": "dapo"},
-}
 
 
 def policy_of(params: PyTree, frozen: PyTree) -> Variables:
@@ -223,10 +73,11 @@ def max_rollouts(config: Config) -> int:
 
 
 def keep(config: Config, experience: Experience) -> np.ndarray:
-    """bool `[prompts]`, whose completions are learnt from."""
+    """bool `[prompts]`, whose completions are learnt from; lengths are no signal, whatever `overlong_cache` is."""
     if not config.dynamic_sampling:
         return np.ones(len(experience.prompts), bool)
-    flat = losses.without_signal(_outcomes(config, experience), experience.groups)
+    scores = losses.sum_scores(experience.scores, _weights(config, experience))
+    flat = losses.without_signal(scores, experience.groups)
     return ~np.asarray(flat).reshape(-1, experience.num_generations)[:, 0]
 
 
@@ -247,7 +98,8 @@ def passes(config: Config, *, narrow: bool) -> dict[str, Literal["policy", "refe
     """Fields that packed passes must fill, and by which model; `narrow` = computed in less than float32."""
     wanted: dict[str, Literal["policy", "reference"]] = {}
     trainer = config.old_logps == "trainer" or (config.old_logps == "auto" and narrow)
-    if num_updates(config) > 1 and trainer:
+    # In the rewards the sampler's rounding would pass for a KL divergence.
+    if trainer and (num_updates(config) > 1 or (needs_reference(config) and config.kl_in_reward)):
         wanted["old_logps"] = "policy"
     if needs_reference(config):
         wanted["ref_logps"] = "reference"
@@ -292,6 +144,10 @@ def estimate(
     known |= {"advantages": advantages.astype(np.float32), "loss_mask": in_loss.astype(np.float32)}
     known.setdefault("old_logps", known["sampler_logps"])
     metrics = _rollout_metrics(experience, outcomes)
+    if "old_logps" in experience.fields:
+        apart = np.abs(experience.fields["old_logps"] - known["sampler_logps"])[mask].astype(np.float64)
+        metrics["sampling/sampling_logp_difference/mean"] = Mean(float(apart.sum()), float(len(apart)))
+        metrics["sampling/sampling_logp_difference/max"] = Max(float(apart.max(initial=-np.inf)))
     if config.kl_in_reward and needs_reference(config):
         metrics["kl"] = Mean(float(kl.sum()), float(mask.sum()))
     return replace(experience, fields=known), metrics, carry
@@ -337,9 +193,10 @@ def make_loss(config: Config, model: Model) -> LossFn:
             per_token = per_token + config.beta * kl
         if "old_logps" not in batch.fields:
             # One update per rollout: the policy has not changed since it drew these tokens.
-            apart = jnp.abs(fresh - batch.fields["sampler_logps"]) * real
-            metrics["sampling/sampling_logp_difference/mean"] = common.masked_mean(apart, real)
-            metrics["sampling/sampling_logp_difference/max"] = Max(apart.max())
+            apart = jnp.abs(fresh - batch.fields["sampler_logps"])
+            given = real * ~jnp.isnan(apart)
+            metrics["sampling/sampling_logp_difference/mean"] = common.masked_mean(apart, given)
+            metrics["sampling/sampling_logp_difference/max"] = Max(jnp.where(given > 0, apart, -jnp.inf).max())
         value = losses.aggregate(losses.AGGREGATIONS[config.loss_type], per_token, completions, n, total=totals["loss"])
         return value, jax.lax.stop_gradient(metrics)
 
@@ -375,13 +232,24 @@ def to_document(config: Config, example: common.Example) -> Document:
     Args:
       config: the method's.
       example: `prompt_ids` int32; `completion_ids`, one int32 array per completion; `advantages` and, where more than
-        one update is made per rollout, `old_logps`, with a KL in the loss `ref_logps`: one float32 array per completion
-        each, per token; `loss_mask` likewise, all tokens by default; `sampler_logps` likewise, for a metric.
+        one update is made per rollout, `old_logps`, with a KL in the loss `ref_logps`: per completion one float32
+        array, per token, or one number for all of its tokens; `loss_mask` likewise, 1 by default; `sampler_logps`
+        likewise, for a metric.
+
+    Raises:
+      ValueError: a field that the loss needs is missing.
     """
     branches = tuple(np.asarray(ids, np.int32) for ids in example["completion_ids"])
-    ones = [np.ones(len(ids), np.float32) for ids in branches]
-    given = {"loss_mask": ones, "sampler_logps": [np.full(len(ids), np.nan, np.float32) for ids in branches], **example}
-    known = {name: tuple(np.asarray(each, np.float32) for each in given[name]) for name in fields(config)}
+    given = {"loss_mask": [1.0] * len(branches), "sampler_logps": [np.nan] * len(branches), **example}
+    if missing := [name for name in fields(config) if name not in given]:
+        raise ValueError(f"with this config an example needs {missing[0]!r}: one array per completion, per token")
+    known = {
+        name: tuple(
+            np.broadcast_to(np.asarray(each, np.float32), ids.shape)
+            for each, ids in zip(given[name], branches, strict=True)
+        )
+        for name in fields(config)
+    }
     return Document(np.asarray(example["prompt_ids"], np.int32), branches, fields=known)
 
 
@@ -417,10 +285,9 @@ def _outcomes(config: Config, experience: Experience) -> np.ndarray:
 def _rollout_metrics(experience: Experience, outcomes: np.ndarray) -> dict[str, Any]:
     known = outcomes[~np.isnan(outcomes)]
     flat = np.asarray(losses.without_signal(outcomes, experience.groups))
-    metrics: dict[str, Any] = {
-        "reward": Mean(float(known.sum()), float(len(known))),
-        "frac_reward_zero_std": Mean(float(flat.sum()), float(len(flat))),
-    }
+    metrics: dict[str, Any] = {"reward": Mean(float(known.sum()), float(len(known)))}
+    if experience.num_generations > 1:
+        metrics["frac_reward_zero_std"] = Mean(float(flat.sum()), float(len(flat)))
     if len(known) > 1:
         metrics["reward_std"] = Mean(float(known.std(ddof=1)), 1.0)
     return metrics

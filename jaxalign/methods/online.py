@@ -77,6 +77,10 @@ class Parts:
     width: int = 0
 
 
+class NoSignalError(RuntimeError):
+    """Dynamic sampling found too few groups whose scores differ."""
+
+
 @dataclass
 class _Progress:
     """Counters, all of which are saved."""
@@ -120,7 +124,11 @@ class OnlineSource:
         self._carry: dict[str, float] = method.start_carry(config)
 
     def next(self, state: Any) -> tuple[Batch, dict[str, Metric | float | int]]:
-        """The next batch on the mesh; draws a new rollout with the current policy when the last one is used up."""
+        """The next batch on the mesh; draws a new rollout with the current policy when the last one is used up.
+
+        Raises:
+          NoSignalError: under dynamic sampling, too few groups have different scores.
+        """
         metrics: dict[str, Metric | float | int] = {}
         updates = self._method.num_updates(self._config)
         if self._experience is None or self._progress.update == updates:
@@ -169,12 +177,11 @@ class OnlineSource:
 
     def _take(self, count: int) -> np.ndarray:
         """Numbers of the next prompts; an epoch's order is a function of the seed and its number."""
-        total, numbers = len(self._parts.prompts), []
-        for position in range(self._progress.position, self._progress.position + count):
-            epoch, place = divmod(position, total)
-            numbers.append(int(self._order(epoch)[place]))
+        total, start = len(self._parts.prompts), self._progress.position
         self._progress.position += count
-        return np.array(numbers, np.int64)
+        epochs = range(start // total, (start + count - 1) // total + 1)
+        ahead = np.concatenate([self._order(epoch) for epoch in epochs])
+        return ahead[start % total :][:count].astype(np.int64)
 
     def _order(self, epoch: int) -> np.ndarray:
         total = len(self._parts.prompts)
@@ -182,19 +189,19 @@ class OnlineSource:
 
     def _refill(self, params: PyTree) -> dict[str, Metric | float | int]:
         times: dict[str, float] = dict.fromkeys(TIMES, 0.0)
-        drawn = self._collect(params, times)
+        drawn, found = self._collect(params, times)
         experience, metrics, self._carry = self._method.estimate(self._config, drawn, self._carry)
         self._experience = experience
         self._progress.update = 0
-        counts = {name: Mean(seconds, 1.0) for name, seconds in times.items()}
-        return {**metrics, **reward_metrics(self._parts.rewards, experience), **rollout_metrics(experience), **counts}
+        metrics = {**metrics, **reward_metrics(self._parts.rewards, experience), **rollout_metrics(experience)}
+        return {**metrics, **found, **{name: Mean(seconds, 1.0) for name, seconds in times.items()}}
 
-    def _collect(self, params: PyTree, times: dict[str, float]) -> Experience:
-        """Draws and scores until there are enough prompts that the method keeps."""
+    def _collect(self, params: PyTree, times: dict[str, float]) -> tuple[Experience, dict[str, Metric]]:
+        """Draws and scores until there are enough prompts that the method keeps; and how many of them that were."""
         wanted = self._method.rollout_prompts(self._config, self._layout.batch_size)
-        most, parts, found = self._method.max_rollouts(self._config), [], 0
+        most, parts, found, useful = self._method.max_rollouts(self._config), [], 0, 0
         variables = self._parts.policy(params)
-        for _ in range(most):
+        for drawn in range(1, most + 1):
             experience = self._draw(variables, wanted, times)
             start = time.perf_counter()
             scores = self._parts.score(experience)
@@ -203,13 +210,20 @@ class OnlineSource:
                 start = time.perf_counter()
             experience = replace(experience, scores=scores())
             times["timing_s/scoring"] += time.perf_counter() - start
-            kept = np.flatnonzero(self._method.keep(self._config, experience))[: wanted - found]
-            parts.append(select(experience, kept))
-            found += len(kept)
+            kept = np.flatnonzero(self._method.keep(self._config, experience))
+            useful += len(kept)
+            parts.append(select(experience, kept[: wanted - found]))
+            found += len(parts[-1].prompts)
             if found == wanted:
                 joined = join(parts)
-                return joined if most == 1 else self._run_passes(joined, params, times)
-        raise RuntimeError(
+                if most == 1:
+                    return joined, {}
+                counts: dict[str, Metric] = {
+                    "dynamic_sampling/rollouts": Mean(float(drawn), 1.0),
+                    "dynamic_sampling/kept": Mean(float(useful), float(drawn * wanted)),
+                }
+                return self._run_passes(joined, params, times), counts
+        raise NoSignalError(
             f"dynamic sampling: after {most} rollouts only {found} of {wanted} prompts have completions with different "
             f"scores. Take easier or harder prompts, raise method.num_generations or method.max_rollouts "
             f"({most}), or set method.dynamic_sampling to false"

@@ -14,7 +14,6 @@ from jaxalign.methods.offline import Layout
 from jaxalign.models import Model
 from jaxalign.packing import Document, build, pieces_of, plan
 from jaxalign.sampling.choose import Config as SamplingConfig
-from jaxalign.sampling.generate import STOP
 from jaxalign.sharding import Mesh, data_shards, place_batch
 from jaxalign.types import Array, Batch, Experience, Max, Mean, Metrics, Min, PyTree, Samples, Variables
 
@@ -54,7 +53,7 @@ def make_draw(
             padded[row, : len(prompt)], lengths[row] = prompt, len(prompt)
         drawn = jax.device_get(generate(decoding(variables), padded, lengths, key))
         samples = _first(drawn, len(prompts) * config.num_generations)
-        return samples if decode is None or not stops else _stop(samples, decode, stops)
+        return samples if decode is None else sampling.truncate_samples(samples, decode, stops)
 
     return draw
 
@@ -197,22 +196,6 @@ def spread(name: str, values: np.ndarray) -> Metrics:
 def _first(samples: Samples, count: int) -> Samples:
     names = ("tokens", "lengths", "finish", "sampler_logps", "log_mass")
     return Samples(**{name: getattr(samples, name)[:count] for name in names}, counters=samples.counters)
-
-
-def _stop(samples: Samples, decode: Decode, stops: Sequence[str]) -> Samples:
-    """Cuts completions after the token that completes a stop string."""
-    old = np.asarray(samples.lengths)
-    rows = zip(np.asarray(samples.tokens), old, strict=True)
-    lengths = np.array([sampling.truncate_tokens(row[:n].tolist(), decode, stops) for row, n in rows], np.int32)
-    keep = np.arange(samples.tokens.shape[1])[None] < lengths[:, None]
-    return replace(
-        samples,
-        tokens=np.where(keep, samples.tokens, 0),
-        lengths=lengths,
-        finish=np.where(lengths < old, STOP, samples.finish).astype(np.int32),
-        sampler_logps=np.where(keep, samples.sampler_logps, 0),
-        log_mass=np.where(keep, samples.log_mass, 0),
-    )
 
 
 def _scatter(target: np.ndarray, values: np.ndarray, batch: Batch, layout: Layout, size: int) -> None:

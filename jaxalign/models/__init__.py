@@ -1,12 +1,13 @@
 """Decoder models as pure functions, and their Hugging Face, GGUF and export formats."""
 
+from jaxalign.models.cache import Cache, init_cache
 from jaxalign.models.config import ModelConfig, Rope
 from jaxalign.models.export import save
 from jaxalign.models.families import FAMILIES
 from jaxalign.models.heads import add_score_head, drop_score_head
 from jaxalign.models.identity import end_ids, fingerprint
 from jaxalign.models.pretrained import load, load_config, load_tokenizer
-from jaxalign.models.transformer import Cache, Model, build, init_cache
+from jaxalign.models.transformer import Model, build
 
 __all__ = [
     "FAMILIES",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+DType = Literal["float32", "bfloat16", "float16", "float64"]
+
 
 @dataclass(frozen=True)
 class Rope:

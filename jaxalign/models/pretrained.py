@@ -18,12 +18,12 @@ from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from jaxalign.models.config import ModelConfig
+from jaxalign.models.config import DType, ModelConfig
 from jaxalign.models.families import FAMILIES, Tensor, from_hf, tensors
 from jaxalign.models.gguf import open_gguf
 from jaxalign.models.gguf_tokenizer import rebuild_tokenizer
 from jaxalign.models.tensors import Index, Source, file_shape, read
-from jaxalign.models.transformer import DType, Model, Remat, build
+from jaxalign.models.transformer import Model, Remat, build
 from jaxalign.sharding import param_shardings
 from jaxalign.types import Variables
 

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxalign.models.attention import Keys, attend, cache_mask, rows_mask
-from jaxalign.models.config import ModelConfig, Rope, segments
+from jaxalign.models.cache import Cache, layer_of, write
+from jaxalign.models.config import DType, ModelConfig, Rope, segments
 from jaxalign.models.heads import init_score_kernel
 from jaxalign.types import Array, TokenRows, Variables
 
 Remat = Literal["none", "dots", "full"]
-DType = Literal["float32", "bfloat16", "float16", "float64"]
 
 ACTIVATION_FUNCTIONS = {
     "silu": jax.nn.silu,
@@ -29,23 +29,6 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Cache:
-    """Keys and values of tokens already read.
-
-    Attributes:
-      k: per layer `[slots, kv_heads, capacity, head_dim]`; the token at position p of a slot lies at index p. Layers
-        are apart so that each is read where it lies.
-      v: the same for values.
-      positions: int32 `[slots, capacity]`, the token's position; -1 = empty.
-    """
-
-    k: tuple[jax.Array, ...]
-    v: tuple[jax.Array, ...]
-    positions: jax.Array
 
 
 @dataclass(frozen=True)
@@ -133,16 +116,6 @@ def _build(
         return apart, partial(_unroll, config, jnp.dtype(compute_dtype))
 
     return Model(config, init, apply, logits, scores, rebuild, unroll)
-
-
-def init_cache(config: ModelConfig, slots: int, capacity: int, dtype: DType = "float32") -> Cache:
-    """An empty cache for `slots` documents of up to `capacity` tokens.
-
-    With capacity 0 there is nothing to attend to, and `apply` returns a cache of just the rows' own tokens, each at its
-    place in its row: for right-padded rows of one document that is its position.
-    """
-    empty = (jnp.zeros((slots, config.num_kv_heads, capacity, config.head_dim), dtype),) * config.num_layers
-    return Cache(empty, empty, jnp.full((slots, capacity), -1, jnp.int32))
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> jax.Array:
@@ -286,17 +259,12 @@ class _Pattern(nn.Module):
             kind = kinds.index(window)
             cached = ()
             if cache is not None and cache.positions.shape[1]:
-                k, v = (_layer(each, first_layer + place).astype(x.dtype) for each in (cache.k, cache.v))
+                k, v = (layer_of(each, first_layer + place).astype(x.dtype) for each in (cache.k, cache.v))
                 cached = (Keys(k, v, cache_masks[kind]),)
             x, key, value = _Block(self.config, self.param_dtype, name=f"block_{place}")(x, angles, masks[kind], cached)
             new.append((key, value))
         # Without a cache nobody wants the keys and values: stacking them would cost memory.
         return x, None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
-
-
-def _layer(cached: tuple[jax.Array, ...], index: int | jax.Array) -> jax.Array:
-    """One layer's keys or values; in a scan over layers, whose index is traced, out of a stacked copy of all."""
-    return cached[index] if isinstance(index, int) else jnp.stack(cached)[index]
 
 
 class _Decoder(nn.Module):
@@ -338,7 +306,7 @@ class _Decoder(nn.Module):
         if c.score_head:
             self.param("score", lambda key: {"kernel": init_score_kernel(key, c.embed_dim, dtype=self.param_dtype)})
         x = _Norm(c.norm, c.norm_eps, self.param_dtype, name="final_norm")(x)
-        return x, None if cache is None else _write(cache, rows, new, x)
+        return x, None if cache is None else write(cache, rows, new, x)
 
     def _scan(self, segment):
         body = _Pattern
@@ -375,31 +343,3 @@ def _unroll(config: ModelConfig, dtype: jnp.dtype, variables: Variables) -> Vari
 def _kinds(config: ModelConfig) -> list[int | None]:
     """The different windows, in order of appearance: one mask each."""
     return list(dict.fromkeys(config.windows))
-
-
-def _write(cache: Cache, rows: TokenRows, new: list, hidden: jax.Array) -> Cache:
-    """Scatters the new tokens of all layers into the cache; padding is dropped."""
-    layers = [layer for each in new for layer in zip(*map(_apart, each), strict=True)]
-    if not cache.positions.shape[1]:
-        keys, values = zip(*layers, strict=True)
-        return Cache(keys, values, jnp.where(rows.documents > 0, rows.positions, -1))
-    slots = jnp.arange(rows.tokens.shape[0])[:, None]
-    # Where to write hangs on what was read last: else XLA keeps the old cache beside the new one, a copy per token.
-    read = hidden[..., 0] < jnp.inf
-    index = jnp.where((rows.documents > 0) & read, rows.positions, cache.positions.shape[1])
-
-    def scatter(old, values):
-        # Indexed dimensions come first: [slots, length, kv_heads, head_dim].
-        return old.at[slots, :, index].set(values.astype(old.dtype).swapaxes(1, 2), mode="drop")
-
-    return Cache(
-        k=tuple(scatter(old, key) for old, (key, _) in zip(cache.k, layers, strict=True)),
-        v=tuple(scatter(old, value) for old, (_, value) in zip(cache.v, layers, strict=True)),
-        positions=cache.positions.at[slots, index].set(rows.positions, mode="drop"),
-    )
-
-
-def _apart(stacked: jax.Array) -> tuple[jax.Array, ...]:
-    """`[repeats, places, ...]` -> its layers, in order."""
-    flat = stacked.reshape(-1, *stacked.shape[2:])
-    return tuple(flat[i] for i in range(len(flat)))

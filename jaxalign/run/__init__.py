@@ -19,6 +19,7 @@ from jaxalign.run.folder import create_folder, describe_backend, find_folder, lo
 from jaxalign.run.inputs import Say
 from jaxalign.run.prepare import Prepared, check_data, prepare, resolve_dtype
 from jaxalign.run.stage import MakeProgress, StageResult, finished, run_stage
+from jaxalign.training.loop import Show
 
 __all__ = [
     "Prepared",
@@ -50,7 +51,12 @@ class RunResult:
 
 
 def run(
-    config: RunConfig, *, fresh: bool = False, say: Say = lambda line: None, make_progress: MakeProgress | None = None
+    config: RunConfig,
+    *,
+    fresh: bool = False,
+    say: Say = lambda line: None,
+    make_progress: MakeProgress | None = None,
+    show: Show | None = None,
 ) -> RunResult:
     """Trains every stage, or continues where the run stopped.
 
@@ -59,6 +65,7 @@ def run(
       fresh: start anew beside an existing folder of that name.
       say: takes lines for the user.
       make_progress: makes a progress bar for a stage.
+      show: takes a step's number and what is written to samples.jsonl after it.
 
     Raises:
       FileNotFoundError, ValueError: bad input, named by file, line or key. What was saved stays.
@@ -78,7 +85,7 @@ def run(
             if result is None:
                 ready = prepare(resolve_inputs(stage, {name: str(each.export) for name, each in done.items()}))
                 record_stage(folder, config, stage.name or config.name, _lineage(ready))
-                result = run_stage(ready, where, say=say, make_progress=make_progress)
+                result = run_stage(ready, where, say=say, make_progress=make_progress, show=show)
             else:
                 say(f"{stage.name or stage.method_name}: done before, its policy is in {result.export}")
             done[stage.name] = result

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.table import Table
+from rich.text import Text
+
 from jaxalign import data, models
 from jaxalign.config import CompareSection
 from jaxalign.evaluation import Comparison, Side, check_rules, judge, make_answer, readable
@@ -43,6 +46,27 @@ def check_prompts(section: CompareSection, model: str, settings: data.DataConfig
     """The prompts; raises if they or the rules cannot be used, see `compare`."""
     check_rules(section.rules)
     return data.load(prompt_settings(section, settings), models.load_tokenizer(model), "prompt").train
+
+
+def comparison_tables(comparison: Comparison, samples: int) -> tuple[Table, Table]:
+    """What was measured, and some of the answers side by side.
+
+    Args:
+      comparison: the two sides.
+      samples: how many prompts to show, spread over all of them.
+    """
+    before, after, count = comparison.before, comparison.after, len(comparison.prompts)
+    measured = Table("held-out answers", "before", "after", title=f"{count} prompts, greedy")
+    for rule, share in before.rules.items():
+        measured.add_row(f"satisfy the rule `{rule}`", f"{share:.0%}", f"{after.rules[rule]:.0%}")
+    if before.right is not None:
+        measured.add_row("mention what a right answer must", f"{before.right:.0%}", f"{after.right:.0%}")
+    measured.add_row("mean words", f"{before.mean_words:.1f}", f"{after.mean_words:.1f}")
+    shown = Table("prompt", "before", "after", show_lines=True)
+    for i in list(range(0, count, max(1, count // max(samples, 1))))[:samples]:
+        # As Text: what a model writes is no markup.
+        shown.add_row(*map(Text, (comparison.prompts[i], before.answers[i], after.answers[i])))
+    return measured, shown
 
 
 def _side(section: CompareSection, path: str, settings: data.DataConfig, rows: list[dict[str, Any]]) -> Side:

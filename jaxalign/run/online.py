@@ -11,10 +11,11 @@ import jax
 import numpy as np
 
 from jaxalign import data, losses, models, rewards, sampling
-from jaxalign.methods.common import join_variables
+from jaxalign.methods.common import has_critic
 from jaxalign.methods.online import OnlineSource, Parts
 from jaxalign.methods.rollout import Draw, Pass, make_draw, reward_metrics, rollout_metrics, to_experience
 from jaxalign.rewards.model import check_same_tokenizer, make_scorer
+from jaxalign.run.inputs import HEAD
 from jaxalign.run.prepare import Prepared, resolve_dtype
 from jaxalign.sampling import bucket_width
 from jaxalign.training.loop import Evaluate, OnSample
@@ -40,14 +41,8 @@ class Scoring:
 
 
 def load_scoring(ready: Prepared) -> Scoring:
-    """Loads reward functions and reward models.
-
-    Raises:
-      ValueError: no reward, an unknown one, a column that the data lacks, or a reward model with another tokenizer.
-    """
+    """Loads reward functions and reward models; raises ValueError for a reward model with another tokenizer."""
     section = ready.stage.rollout
-    if not section.rewards:
-        raise ValueError("rollout.rewards: an online method needs at least one reward, for example [{name: gsm8k}]")
     functions, scorers, order = [], [], []
     for each in section.rewards:
         if each.model is not None:
@@ -56,9 +51,6 @@ def load_scoring(ready: Prepared) -> Scoring:
         else:
             order.append((len(functions), False))
             functions.append(rewards.load_reward(each.name or "", each.options))
-    first = ready.data.train.row(0) if ready.data.train.rows is not None else {}
-    for function in functions:
-        function.check_columns([*first, "completion_ids", "prompts", "completions"])
     names = _distinct(
         [each.name.rpartition(":")[2].rpartition("/")[2] if each.name else "model" for each in section.rewards]
     )
@@ -80,6 +72,21 @@ def load_scoring(ready: Prepared) -> Scoring:
         return collect
 
     return Scoring(tuple(names), tuple(each.weight for each in section.rewards), start)
+
+
+def weights_of(ready: Prepared, scoring: Scoring) -> tuple[float, ...]:
+    """The method's weights of the rewards, else those that the rewards came with.
+
+    Raises:
+      ValueError: not as many as there are rewards.
+    """
+    weights = ready.stage.method.reward_weights or scoring.weights
+    if len(weights) != len(scoring.names):
+        raise ValueError(
+            f"method.reward_weights has {len(weights)} numbers for {len(scoring.names)} rewards; give one for each, or "
+            "none here and `weight` beside each reward"
+        )
+    return weights
 
 
 def sampling_config(ready: Prepared, **changes: Any) -> sampling.Config:
@@ -135,16 +142,41 @@ def online_models(ready: Prepared, key: jax.Array, load: Callable[[str], Variabl
 
     Args:
       ready: the stage.
-      key: of a new head.
+      key: the run's; a new value head is drawn with one of its own.
       load: path -> variables of the policy's model.
     """
     stage, method = ready.stage, ready.method
     logps = method.make_logps(stage.method, ready.model)
+    shapes = jax.eval_shape(ready.model.init, key)
     passes = {
         "reference": logps,
-        "policy": lambda params, frozen, batch: logps(method.policy_of(params, frozen), batch),
+        "policy": lambda params, frozen, batch: logps(language_model(ready, method.policy_of(params, frozen)), batch),
     }
-    return Trained(ready.model, jax.eval_shape(ready.model.init, key), lambda: load(stage.model.path), passes)
+    if not has_critic(method):
+        return Trained(ready.model, shapes, lambda: load(stage.model.path), passes)
+    other, head, path = None, jax.random.fold_in(key, HEAD), stage.model.critic
+    if path is not None:
+        other = ready.model.rebuild(models.load_config(path))
+    made = []
+
+    def begin(variables: Variables, critic: Variables | None) -> dict[str, Variables]:
+        both, by_role = method.add_critic(
+            stage.method, ready.model, variables, head, None if other is None else (other, critic)
+        )
+        made.append(both)
+        return by_role
+
+    by_role = jax.eval_shape(begin, shapes, None if other is None else jax.eval_shape(other.init, key))
+
+    def load_both() -> dict[str, Variables]:
+        critic = None
+        if path is not None:
+            critic = models.load(path, mesh=ready.mesh, param_dtype=stage.model.param_dtype)[1]
+        return begin(load(stage.model.path), critic)
+
+    values = method.make_values(stage.method, made[0].value)
+    passes["value"] = lambda params, frozen, batch: values(method.value_of(params, frozen), batch)
+    return Trained(made[0], by_role, load_both, passes)
 
 
 def make_passes(
@@ -179,13 +211,13 @@ def make_online_source(
     parts = Parts(
         prompts=ready.data.train,
         draw=draw_with(ready, sampling_config(ready), width),
-        policy=lambda params: _language_model(ready, ready.method.policy_of(params, frozen)),
+        policy=lambda params: language_model(ready, ready.method.policy_of(params, frozen)),
         score=partial(scoring.start, ready.data.train),
         rewards=scoring.names,
         passes=passes,
         width=width,
     )
-    config = replace(stage.method, reward_weights=scoring.weights)
+    config = replace(stage.method, reward_weights=weights_of(ready, scoring))
     return OnlineSource(
         ready.method, config, parts, ready.layout, ready.mesh, key=key, seed=stage.data.seed, shuffle=stage.data.shuffle
     )
@@ -203,11 +235,11 @@ def make_online_evaluate(ready: Prepared, scoring: Scoring, frozen: PyTree) -> E
     prompts = [np.asarray(judged[i]["prompt_ids"]) for i in range(len(judged))]
 
     def evaluate(state: Any) -> Metrics:
-        variables = _language_model(ready, ready.method.policy_of(state.params, frozen))
+        variables = language_model(ready, ready.method.policy_of(state.params, frozen))
         samples = draw(variables, prompts, jax.random.key(EVALUATION))
         experience = to_experience(prompts, np.arange(len(prompts)), samples, width, len(scoring.names))
         experience = replace(experience, scores=scoring.start(judged, experience)())
-        total = np.asarray(losses.sum_scores(experience.scores, np.asarray(scoring.weights)))
+        total = np.asarray(losses.sum_scores(experience.scores, np.asarray(weights_of(ready, scoring))))
         known = total[~np.isnan(total)]
         per_reward = {n: m for n, m in reward_metrics(scoring.names, experience).items() if n.endswith("mean")}
         return {
@@ -249,12 +281,10 @@ def make_online_samples(ready: Prepared, scoring: Scoring, source: OnlineSource)
     return sample
 
 
-def _language_model(ready: Prepared, variables: Variables) -> Variables:
-    """Without the head of a critic that shares the policy's blocks."""
-    params = {
-        name: tree for name, tree in variables["params"].items() if name != "score" or ready.model.config.score_head
-    }
-    return join_variables({"params": params}, {name: tree for name, tree in variables.items() if name != "params"})
+def language_model(ready: Prepared, variables: Variables) -> Variables:
+    """The policy's variables without the head of a critic that shares its blocks."""
+    params = {name: tree for name, tree in variables["params"].items() if name != "score"}
+    return {**variables, "params": params}
 
 
 def _load_scorer(ready: Prepared, path: str) -> Callable[[list[np.ndarray]], np.ndarray]:

@@ -11,14 +11,14 @@ from typing import cast
 import jax
 from jax.sharding import Mesh
 
-from jaxalign import data, models
+from jaxalign import data, models, rewards
 from jaxalign.config import Stage
 from jaxalign.methods import METHODS
-from jaxalign.methods.common import is_online, make_eval_step, split_variables, trains_scores
+from jaxalign.methods.common import has_critic, is_online, make_eval_step, split_variables, trains_scores
 from jaxalign.methods.offline import Layout, make_layout, packing_report
 from jaxalign.methods.rollout import row_length
+from jaxalign.models.config import DType
 from jaxalign.models.heads import score_config
-from jaxalign.models.transformer import DType
 from jaxalign.sampling import bucket_width
 from jaxalign.sharding import data_shards, make_mesh
 from jaxalign.training.metrics import check_writers
@@ -121,7 +121,10 @@ def _heads(stage: Stage, config: models.ModelConfig) -> models.ModelConfig:
 def _check_evaluation(ready: Prepared) -> None:
     """Raises ValueError where the config asks for what evaluation data or metrics cannot give."""
     train, model = ready.stage.train, ready.stage.model
+    if model.critic and not has_critic(ready.method):
+        raise ValueError(f"model.critic: the method {ready.stage.method_name} has no critic; leave it away")
     if is_online(ready.method):
+        check_rewards(ready)
         needed = ready.method.needs_reference(ready.stage.method)
     else:
         needed = ready.method.NEEDS_REFERENCE
@@ -154,6 +157,25 @@ def _check_evaluation(ready: Prepared) -> None:
     wanted = best_metric(ready.stage)
     if wanted not in names and f"eval_{wanted}" not in names:
         raise ValueError(f"train.metric_for_best_model: there is no {wanted!r}; there are {', '.join(names)}")
+
+
+def check_rewards(ready: Prepared) -> None:
+    """Loads the stage's reward functions, to see that there are any and that the data has what they read.
+
+    Raises:
+      ValueError: no reward, an unknown one, or a missing column; names the key.
+    """
+    section = ready.stage.rollout
+    if not section.rewards:
+        raise ValueError(
+            f"rollout.rewards: {ready.stage.method_name} needs at least one reward, for example [{{name: gsm8k}}]"
+        )
+    columns = ready.data.train.row(0) if ready.data.train.rows is not None else {}
+    for each in section.rewards:
+        if each.name is not None:
+            rewards.load_reward(each.name, each.options).check_columns([*columns, "completion_ids"])
+    if getattr(ready.stage.method, "ptx_coef", 0):
+        raise ValueError("method.ptx_coef: a run has no supervised examples to mix in; it works through ppo.make_batch")
 
 
 def check_data(stage: Stage) -> tuple[data.Data, dict[str, float]]:

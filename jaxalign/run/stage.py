@@ -14,7 +14,7 @@ import jax
 
 from jaxalign import evaluation, models, sampling
 from jaxalign.config import Stage
-from jaxalign.methods.common import is_online, join_variables
+from jaxalign.methods.common import has_critic, is_online, join_variables
 from jaxalign.methods.offline import OfflineSource, make_source
 from jaxalign.methods.online import OnlineSource
 from jaxalign.models.config import forward_flops
@@ -22,6 +22,7 @@ from jaxalign.run.evaluate import make_evaluate
 from jaxalign.run.hardware import peak_flops
 from jaxalign.run.inputs import Examples, Say, attach_reference, load_policy
 from jaxalign.run.online import (
+    language_model,
     load_scoring,
     make_online_evaluate,
     make_online_samples,
@@ -62,7 +63,14 @@ class StageResult:
     metrics: dict[str, float]
 
 
-def run_stage(ready: Prepared, folder: Path, *, say: Say, make_progress: MakeProgress | None = None) -> StageResult:
+def run_stage(
+    ready: Prepared,
+    folder: Path,
+    *,
+    say: Say,
+    make_progress: MakeProgress | None = None,
+    show: loop.Show | None = None,
+) -> StageResult:
     """Trains a stage, or continues it, and exports its policy.
 
     Args:
@@ -70,6 +78,7 @@ def run_stage(ready: Prepared, folder: Path, *, say: Say, make_progress: MakePro
       folder: where the stage's files go.
       say: takes lines for the user.
       make_progress: makes the progress bar.
+      show: takes what is written to samples.jsonl.
     """
     stage, export = ready.stage, folder / "export"
     title = stage.name or stage.method_name
@@ -78,14 +87,13 @@ def run_stage(ready: Prepared, folder: Path, *, say: Say, make_progress: MakePro
     shape = f"{ready.num_steps} steps of {stage.train.batch_size} examples in rows of {ready.layout.length} tokens"
     say(f"{title}: {shape}, computed in {resolve_dtype(stage.model.compute_dtype)}")
     with Checkpoints(folder / "checkpoints", save_total_limit=stage.train.save_total_limit) as checkpoints:
-        result = _train(ready, folder, checkpoints, say, make_progress)
+        result = _train(ready, folder, checkpoints, say, make_progress, show)
     if result.reason == "terminated":
         say(f"{title}: stopped at step {result.step}, all is saved; the same command continues")
         return StageResult(stage.name, folder, None, result.reason, last_metrics(folder))
     say(f"{title}: {result.reason.replace('_', ' ')} after {result.step} steps, writing {export}")
     ends = models.end_ids(ready.model.config, ready.data.tokenizer)
-    trained = ready.method.policy_of(result.state.params, {}) if is_online(ready.method) else result.state.params
-    model, params = finish_scores(ready, trained, say)
+    model, params = finish_scores(ready, _exported(ready, result.state.params), say)
     models.save(
         export,
         replace(model, config=replace(model.config, eos_ids=ends)),
@@ -96,6 +104,14 @@ def run_stage(ready: Prepared, folder: Path, *, say: Say, make_progress: MakePro
         method=stage.method_name,
     )
     return StageResult(stage.name, folder, export, result.reason, last_metrics(folder))
+
+
+def _exported(ready: Prepared, params: Any) -> Variables:
+    """What becomes of a stage's parameters in its export: the policy, without a critic."""
+    if not is_online(ready.method):
+        return params
+    frozen = {role: {} for role in params} if has_critic(ready.method) else {}
+    return language_model(ready, ready.method.policy_of(params, frozen))
 
 
 def finished(stage: Stage, folder: Path) -> StageResult | None:
@@ -143,7 +159,12 @@ class _Start:
 
 
 def _train(
-    ready: Prepared, folder: Path, checkpoints: Checkpoints, say: Say, make_progress: MakeProgress | None
+    ready: Prepared,
+    folder: Path,
+    checkpoints: Checkpoints,
+    say: Say,
+    make_progress: MakeProgress | None,
+    show: loop.Show | None,
 ) -> loop.FitResult:
     stage = ready.stage
     optimizer, schedule = make_optimizer(stage.optimizer, ready.num_steps)
@@ -160,7 +181,7 @@ def _train(
         state, frozen = born(begin.load())
     else:
         say(f"continuing after step {restored.step}")
-        state, frozen = restored.state, {}
+        state, frozen = restored.state, shapes[1]
     pieces = begin.pieces(frozen)
     make_step = ready.method.make_step(stage.method, begin.model, optimizer, schedule)
     step = jax.jit(make_step, donate_argnums=0, out_shardings=(shardings[0], None))
@@ -188,6 +209,7 @@ def _train(
             evaluate=pieces.evaluate,
             on_sample=pieces.on_sample() if samples else None,
             samples=samples,
+            show=show,
             progress=stack.enter_context(progress),
         )
 

@@ -4,7 +4,7 @@ from jaxalign.sampling.choose import Config
 from jaxalign.sampling.decoding import make_decoding
 from jaxalign.sampling.generate import make_generate
 from jaxalign.sampling.prompts import bucket_width, sample_prompts
-from jaxalign.sampling.text import truncate_at, truncate_tokens
+from jaxalign.sampling.text import truncate_at, truncate_samples, truncate_tokens
 
 __all__ = [
     "Config",
@@ -13,5 +13,6 @@ __all__ = [
     "make_generate",
     "sample_prompts",
     "truncate_at",
+    "truncate_samples",
     "truncate_tokens",
 ]

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxalign.models import Cache, Model, ModelConfig, init_cache
-from jaxalign.models.transformer import DType
+from jaxalign.models.config import DType
 from jaxalign.sampling.choose import Config, choose, stopped
 from jaxalign.sharding import BATCH_AXES, data_shards
 from jaxalign.types import Array, Samples, TokenRows, Variables

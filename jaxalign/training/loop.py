@@ -36,12 +36,16 @@ TIMINGS = frozenset(
         "train_runtime",
         "train_samples_per_second",
         "train_steps_per_second",
+        "timing_s/sampling",
+        "timing_s/scoring",
+        "timing_s/passes",
     }
 )
 
 JittedStep = Callable[[Any, Any, Any], tuple[Any, Mapping[str, Metric | Number]]]
 Evaluate = Callable[[Any], Mapping[str, Metric | Number | None]]
 OnSample = Callable[[int, Any], Iterable[Mapping[str, Any]]]
+Show = Callable[[int, Sequence[Mapping[str, Any]]], None]
 
 
 class Source(Protocol):
@@ -93,6 +97,7 @@ class _Run:
     evaluate: Evaluate | None
     on_sample: OnSample | None
     samples: JsonLines | None
+    show: Show | None
     progress: Callable[[int, Mapping[str, float]], None] | None
     start: float
 
@@ -119,6 +124,7 @@ def fit(
     evaluate: Evaluate | None = None,
     on_sample: OnSample | None = None,
     samples: JsonLines | None = None,
+    show: Show | None = None,
     progress: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> FitResult:
     """Trains until `num_steps`, early stopping or a stop signal.
@@ -141,6 +147,7 @@ def fit(
       evaluate: state -> metrics; `eval_` is put before their names.
       on_sample: (step, state) -> records for `samples`.
       samples: `samples.jsonl`.
+      show: (step, the same records) -> None, for a person to look at.
       progress: called after every step with its number and latest metrics, for a progress bar.
 
     Raises:
@@ -149,7 +156,7 @@ def fit(
       ValueError: the config asks for what is not given.
     """
     schedule.check(config, checkpoints is not None, evaluate is not None)
-    run = _Run(config, source, checkpoints, writers, evaluate, on_sample, samples, progress, time.perf_counter())
+    run = _Run(config, source, checkpoints, writers, evaluate, on_sample, samples, show, progress, time.perf_counter())
     done, frozen = _resume(source, restored), jax.device_put(frozen)
     lap, waiting, reason = _Lap(run.start, done.step, done.tokens), None, schedule.ended(config, done, False)
     number = done.step
@@ -255,9 +262,12 @@ def _evaluate(run: _Run, evaluate: Evaluate, state: Any, done: Tally) -> Tally:
 
 def _sample(run: _Run, records: Iterable[Mapping[str, Any]], step: int) -> None:
     """All processes draw samples together; those that have a file write them."""
+    records = list(records)
     for record in records:
         if run.samples is not None:
             run.samples.write(step, record)
+    if run.show is not None and records:
+        run.show(step, records)
 
 
 def _save(run: _Run, checkpoints: Checkpoints, state: Any, done: Tally) -> None:

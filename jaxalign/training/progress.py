@@ -1,12 +1,15 @@
-"""A progress bar for the loop."""
+"""What a person sees of the loop: a progress bar, and samples as a table."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 # Metric, label, format.
 SHOWN = (
@@ -15,6 +18,7 @@ SHOWN = (
     ("mfu", "MFU", "{:.1%}"),
     ("device_memory_gib", "memory", "{:.1f} GiB"),
 )
+MOST_PROMPT, MOST_COMPLETION = 300, 600  # characters of a sample in a table
 
 
 @contextlib.contextmanager
@@ -42,3 +46,31 @@ def progress_bar(
 def shown(metrics: Mapping[str, float]) -> str:
     """The line of numbers beside the bar."""
     return "  ".join(f"{label} {form.format(metrics[name])}" for name, label, form in SHOWN if name in metrics)
+
+
+def samples_table(step: int, records: Sequence[Mapping[str, Any]]) -> Table:
+    """Records of `samples.jsonl` as a table: prompt, completion, and a column for each reward.
+
+    Args:
+      step: after which they were drawn.
+      records: with `prompt` and `completion`; where they were scored, `rewards` (by name, None = none), `tokens` and
+        `ended`. Long prompts lose their beginning, long completions their end.
+    """
+    scored = any("rewards" in record for record in records)
+    names = list(dict.fromkeys(name for record in records for name in record.get("rewards", {})))
+    table = Table("prompt", "completion", title=f"step {step}", show_lines=True)
+    for name in [*names, *(["tokens"] if scored else [])]:
+        table.add_column(name, justify="right")
+    for record in records:
+        prompt, completion = str(record["prompt"]), str(record["completion"])
+        if len(prompt) > MOST_PROMPT:
+            prompt = f"...{prompt[-MOST_PROMPT:]}"
+        if len(completion) > MOST_COMPLETION:
+            completion = f"{completion[:MOST_COMPLETION]}..."
+        scores = [record.get("rewards", {}).get(name) for name in names]
+        cells = ["-" if score is None else f"{score:.4g}" for score in scores]
+        if scored:
+            cells.append(f"{record['tokens']}{'' if record['ended'] else ' (cut)'}")
+        # As Text: what a model writes is no markup.
+        table.add_row(*map(Text, [prompt.strip(), completion.strip(), *cells]))
+    return table

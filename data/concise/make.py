@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jaxalign.evaluation import readable
 from jaxalign.evaluation.rules import concise, mentions, sentence_ends, violations
 
 FOLDER = Path(__file__).parent
@@ -37,7 +38,7 @@ def asked(row: Row) -> str:
 
 def answers_by_question(rows: list[Row]) -> dict[str, str]:
     """Completion of each question, with plain quotes and dashes."""
-    return {asked(row): row["completion"].strip().translate(PLAIN) for row in rows}
+    return {asked(row): readable(row["completion"]).strip().translate(PLAIN) for row in rows}
 
 
 def cut(text: str) -> str:

@@ -1,7 +1,14 @@
 """One file, one method."""
 
-from jaxalign.methods import grpo, ppo, preference, reward, sft
+from jaxalign.methods import grpo, online_preference, ppo, preference, reward, sft
 
-METHODS = {"sft": sft, "preference": preference, "reward": reward, "grpo": grpo, "ppo": ppo}
+METHODS = {
+    "sft": sft,
+    "preference": preference,
+    "reward": reward,
+    "grpo": grpo,
+    "ppo": ppo,
+    "online_preference": online_preference,
+}
 
-__all__ = ["METHODS", "grpo", "ppo", "preference", "reward", "sft"]
+__all__ = ["METHODS", "grpo", "online_preference", "ppo", "preference", "reward", "sft"]

@@ -91,7 +91,7 @@ def totals(batch: Batch) -> Totals:
     return {"loss": batch.present[..., 0::2].sum()}
 
 
-def make_loss(config: Config, model: Model) -> LossFn:
+def make_loss(config: Config, model: Model, *, temperature: float = 1.0) -> LossFn:
     """The loss of a micro-batch that carries `ref_logps`: the sum over its pairs / pairs of the global batch."""
     preference_loss = partial(
         PREFERENCE_LOSSES[config.loss_type], beta=config.beta, label_smoothing=config.label_smoothing
@@ -103,7 +103,8 @@ def make_loss(config: Config, model: Model) -> LossFn:
                 "the batch has no ref_logps: fill it with make_reference, or give examples that carry them"
             )
         key = None if config.disable_dropout else key
-        tokens = common.read(model, common.join_variables(params, frozen), batch, key, config.logits_chunk)
+        variables, chunk = common.join_variables(params, frozen), config.logits_chunk
+        tokens = common.read(model, variables, batch, key, chunk, temperature=temperature)
         completions, n = batch.predictions.completions, batch.present.shape[0]
         # Differenced per token before summing: the sums are large and nearly equal.
         log_ratios = sum_by_completion(tokens.logps - batch.fields["ref_logps"], completions, n)

@@ -88,6 +88,14 @@ def select(experience: Experience, prompts: np.ndarray) -> Experience:
     return Experience(**per_prompt, **{name: getattr(experience, name)[members] for name in names}, fields=fields)
 
 
+def choose_completions(experience: Experience, which: np.ndarray) -> Experience:
+    """Some completions of every prompt: int `[prompts, k]`, their places in the group."""
+    members = (np.arange(len(experience.prompts))[:, None] * experience.num_generations + which).reshape(-1)
+    names = ("tokens", "lengths", "finish", "scores")
+    fields = {name: values[members] for name, values in experience.fields.items()}
+    return replace(experience, **{name: getattr(experience, name)[members] for name in names}, fields=fields)
+
+
 def join(parts: Sequence[Experience]) -> Experience:
     """Several rollouts as one."""
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)

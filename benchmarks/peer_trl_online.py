@@ -71,6 +71,7 @@ def in_batches(args, model, prompts: list[list[int]]) -> Callable[[int], list[in
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         batches.append((ids, mask))
 
+    @torch.inference_mode()
     def call(seed: int) -> list[int]:
         torch.manual_seed(seed)
         lengths: list[int] = []
@@ -85,7 +86,15 @@ def in_batches(args, model, prompts: list[list[int]]) -> Callable[[int], list[in
 
 def continuous(args, model, prompts: list[list[int]]) -> Callable[[int], list[int]]:
     """Continuous batching: a place whose completion ended takes the next prompt."""
-    settings = ContinuousBatchingConfig(max_requests_per_batch=args.batch_size)
+    # One page holds a whole row. Left to itself it takes most of the machine's memory and is far slower.
+    page = -(-(max(map(len, prompts)) + args.new_tokens) // 32) * 32
+    settings = ContinuousBatchingConfig(
+        page_size=page,
+        num_blocks=args.batch_size,
+        max_requests_per_batch=args.batch_size,
+        max_batch_tokens=page * 2,
+        allow_block_sharing=False,
+    )
 
     def call(seed: int) -> list[int]:
         torch.manual_seed(seed)
@@ -101,8 +110,8 @@ def sample(args) -> None:
     model = peer_trl.load(args).eval()
     # Nothing of the folder's own generation_config is to be mixed in.
     model.generation_config = sampling_config(args)
-    with torch.inference_mode():
-        seconds, lengths = rollouts.time_calls(args, (continuous if args.continuous else in_batches)(args, model, prompts))
+    call = (continuous if args.continuous else in_batches)(args, model, prompts)
+    seconds, lengths = rollouts.time_calls(args, call)
     report(args, model, seconds, lengths, {"cache": args.cache, "continuous": args.continuous})
 
 

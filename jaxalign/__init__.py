@@ -9,7 +9,19 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxalign import data, evaluation, losses, methods, models, packing, sampling, sharding, training, types
+    from jaxalign import (
+        data,
+        evaluation,
+        losses,
+        methods,
+        models,
+        packing,
+        rewards,
+        sampling,
+        sharding,
+        training,
+        types,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,6 +31,7 @@ __all__ = [
     "methods",
     "models",
     "packing",
+    "rewards",
     "sampling",
     "sharding",
     "training",

@@ -282,9 +282,10 @@ def _say(line: str) -> None:
 
 def _expected() -> tuple[type[Exception], ...]:
     """Errors that a user can mend; called only when there is one."""
+    from jaxalign.methods.online import NoSignalError
     from jaxalign.rewards import RewardError, SandboxError
 
-    return (ValueError, OSError, FloatingPointError, RewardError, SandboxError)
+    return (ValueError, OSError, FloatingPointError, RewardError, SandboxError, NoSignalError)
 
 
 def _plain(error: BaseException) -> str:

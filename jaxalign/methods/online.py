@@ -225,8 +225,7 @@ class OnlineSource:
                 return self._run_passes(joined, params, times), counts
         raise NoSignalError(
             f"dynamic sampling: after {most} rollouts only {found} of {wanted} prompts have completions with different "
-            f"scores. Take easier or harder prompts, raise method.num_generations or method.max_rollouts "
-            f"({most}), or set method.dynamic_sampling to false"
+            f"scores. Take easier or harder prompts, or raise method.num_generations or method.max_rollouts ({most})"
         )
 
     def _draw(self, variables: Variables, count: int, times: dict[str, float]) -> Experience:

@@ -14,7 +14,7 @@ from jaxalign import data, losses, models, rewards, sampling
 from jaxalign.methods.common import has_critic
 from jaxalign.methods.online import OnlineSource, Parts
 from jaxalign.methods.rollout import Draw, Pass, make_draw, reward_metrics, rollout_metrics, to_experience
-from jaxalign.rewards.model import check_same_tokenizer, make_scorer
+from jaxalign.rewards.model import make_scorer
 from jaxalign.run.inputs import HEAD
 from jaxalign.run.prepare import Prepared, resolve_dtype
 from jaxalign.sampling import bucket_width
@@ -23,6 +23,8 @@ from jaxalign.types import Experience, Mean, Metrics, PyTree, Variables
 
 # No step has this number: the noise of evaluations is none of theirs.
 EVALUATION = np.iinfo(np.int32).max - 2
+# Names under which reward functions are given what was drawn, and columns that it takes the place of.
+DRAWN = ("prompt", "prompts", "completion", "completions", "completion_ids")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Scoring:
 
 
 def load_scoring(ready: Prepared) -> Scoring:
-    """Loads reward functions and reward models; raises ValueError for a reward model with another tokenizer."""
+    """Loads reward functions and reward models."""
     section = ready.stage.rollout
     functions, scorers, order = [], [], []
     for each in section.rewards:
@@ -51,9 +53,7 @@ def load_scoring(ready: Prepared) -> Scoring:
         else:
             order.append((len(functions), False))
             functions.append(rewards.load_reward(each.name or "", each.options))
-    names = _distinct(
-        [each.name.rpartition(":")[2].rpartition("/")[2] if each.name else "model" for each in section.rewards]
-    )
+    names = _distinct(["model" if is_model else functions[i].name for i, is_model in order])
 
     def start(examples: data.Examples, experience: Experience) -> Callable[[], np.ndarray]:
         given = _given(ready, examples, experience)
@@ -75,18 +75,8 @@ def load_scoring(ready: Prepared) -> Scoring:
 
 
 def weights_of(ready: Prepared, scoring: Scoring) -> tuple[float, ...]:
-    """The method's weights of the rewards, else those that the rewards came with.
-
-    Raises:
-      ValueError: not as many as there are rewards.
-    """
-    weights = ready.stage.method.reward_weights or scoring.weights
-    if len(weights) != len(scoring.names):
-        raise ValueError(
-            f"method.reward_weights has {len(weights)} numbers for {len(scoring.names)} rewards; give one for each, or "
-            "none here and `weight` beside each reward"
-        )
-    return weights
+    """The method's weights of the rewards, else those that the rewards came with."""
+    return ready.stage.method.reward_weights or scoring.weights
 
 
 def sampling_config(ready: Prepared, **changes: Any) -> sampling.Config:
@@ -115,7 +105,7 @@ def draw_with(ready: Prepared, config: sampling.Config, width: int) -> Draw:
     """The stage's sampler."""
 
     def decode(ids: Sequence[int]) -> str:
-        return str(ready.data.tokenizer.decode(ids, skip_special_tokens=True))
+        return str(ready.data.tokenizer.decode(ids))  # a stop string may be a special token
 
     return make_draw(ready.model, config, ready.mesh, width=width, stops=ready.stage.rollout.stop, decode=decode)
 
@@ -288,7 +278,6 @@ def language_model(ready: Prepared, variables: Variables) -> Variables:
 
 
 def _load_scorer(ready: Prepared, path: str) -> Callable[[list[np.ndarray]], np.ndarray]:
-    check_same_tokenizer(ready.data.tokenizer, models.load_tokenizer(path))
     model, variables = models.load(
         path,
         mesh=ready.mesh,
@@ -317,12 +306,16 @@ def _given(ready: Prepared, examples: data.Examples, experience: Experience) -> 
     tokenizer, size = ready.data.tokenizer, experience.num_generations
     ids = [row[:n].tolist() for row, n in zip(experience.tokens, experience.lengths, strict=True)]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    rows = [examples.row(int(i)) for i in np.repeat(experience.examples, size)]
+    found = [examples.row(int(i)) for i in experience.examples]
+    rows = [row for row in found for _ in range(size)]
     prompts = [row["prompt"] for row in rows]
-    chat = not isinstance(prompts[0], str)
-    completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
-    names = [name for name in rows[0] if name not in ("prompt", "completion")]
-    columns = {name: [row[name] for row in rows] for name in names}
+    completions = [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    # JSON rows may have different columns, and a column of the data is not what was drawn here.
+    names = dict.fromkeys(name for row in found for name in row if name not in DRAWN)
+    columns = {name: [row.get(name) for row in rows] for name in names}
     return {"prompts": prompts, "completions": completions, "columns": {**columns, "completion_ids": ids}}
 
 

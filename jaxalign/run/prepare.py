@@ -19,6 +19,7 @@ from jaxalign.methods.offline import Layout, make_layout, packing_report
 from jaxalign.methods.rollout import row_length
 from jaxalign.models.config import DType
 from jaxalign.models.heads import score_config
+from jaxalign.rewards.model import check_same_tokenizer
 from jaxalign.sampling import bucket_width
 from jaxalign.sharding import data_shards, make_mesh
 from jaxalign.training.metrics import check_writers
@@ -163,19 +164,42 @@ def check_rewards(ready: Prepared) -> None:
     """Loads the stage's reward functions, to see that there are any and that the data has what they read.
 
     Raises:
-      ValueError: no reward, an unknown one, or a missing column; names the key.
+      ValueError: no reward, an unknown one, a missing column, a reward model that cannot read what the policy writes,
+        or weights that are not one for each; names the key.
     """
-    section = ready.stage.rollout
+    section, weights = ready.stage.rollout, ready.stage.method.reward_weights
     if not section.rewards:
         raise ValueError(
             f"rollout.rewards: {ready.stage.method_name} needs at least one reward, for example [{{name: gsm8k}}]"
         )
-    columns = ready.data.train.row(0) if ready.data.train.rows is not None else {}
-    for each in section.rewards:
-        if each.name is not None:
-            rewards.load_reward(each.name, each.options).check_columns([*columns, "completion_ids"])
+    if weights is not None and (len(weights) != len(section.rewards) or any(r.weight != 1 for r in section.rewards)):
+        raise ValueError(
+            f"method.reward_weights has {len(weights)} numbers for {len(section.rewards)} rewards; give one for each "
+            "here, or none here and `weight` beside each reward"
+        )
+    sets = [each for each in (ready.data.train, ready.data.eval) if each is not None]
+    for number, each in enumerate(section.rewards):
+        try:
+            if each.model is not None:
+                _check_reward_model(ready, each.model, max(int(part.lengths["prompt"].max()) for part in sets))
+                continue
+            reward = rewards.load_reward(each.name or "", each.options)
+            for part in sets:
+                reward.check_columns([*(part.row(0) if part.rows is not None else {}), "completion_ids"])
+        except ValueError as error:
+            raise ValueError(f"rollout.rewards[{number}]: {error}") from error
     if getattr(ready.stage.method, "ptx_coef", 0):
         raise ValueError("method.ptx_coef: a run has no supervised examples to mix in; it works through ppo.make_batch")
+
+
+def _check_reward_model(ready: Prepared, path: str, longest: int) -> None:
+    check_same_tokenizer(ready.data.tokenizer, models.load_tokenizer(path))
+    context, steps = models.load_config(path).max_position, ready.stage.method.max_completion_length
+    if longest + steps > context:
+        raise ValueError(
+            f"a prompt of {longest} tokens and method.max_completion_length={steps} exceed the context of {path}, "
+            f"{context}: lower it, or set data.max_prompt_length"
+        )
 
 
 def check_data(stage: Stage) -> tuple[data.Data, dict[str, float]]:
@@ -186,6 +210,8 @@ def check_data(stage: Stage) -> tuple[data.Data, dict[str, float]]:
     if not len(good):
         return found, {}
     layout = _layout(stage, [good], config, make_mesh(stage.mesh))
+    if is_online(method):
+        return found, {"row_length": layout.length}  # what is packed is yet to be drawn
     return found, packing_report(method, stage.method, good, layout)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign import models, sampling
+from jaxalign.rewards.calling import ON_ERROR
 from jaxalign.run import exported
 from jaxalign.run.folder import write_text
 from jaxalign.run.inputs import Say
@@ -85,11 +86,15 @@ class Request:
                 "--raw goes with --prompt; strings in a --prompts file are continued as plain text anyway",
             ),
             ("" in self.stop, "--stop needs a text: an empty one would end every completion at once"),
-            (greedy, f"--temperature 0 draws the same {n} times: leave --num-generations away or raise it"),
+            (greedy, f"--temperature 0 draws the same {n} times: leave --num-generations away, or raise --temperature"),
             (how != "all" and not self.scores, f"--select {how} chooses by score: give --score"),
             (how != "all" and self.output is None, f"--select {how} writes a data set: give --output"),
             (how == "pairs" and n < 2, "--select pairs needs --num-generations of at least 2"),
             (self.rules.min_score is not None and not self.scores, "--min-score needs --score"),
+            (
+                self.on_error not in ON_ERROR,
+                f"--on-score-error {self.on_error} is unknown; known: {', '.join(ON_ERROR)}",
+            ),
             (self.weights and not self.scores, "--score-weight needs --score"),
         )
         for wrong, message in checks:

@@ -58,7 +58,9 @@ def samples_table(step: int, records: Sequence[Mapping[str, Any]]) -> Table:
     """
     scored = any("rewards" in record for record in records)
     names = list(dict.fromkeys(name for record in records for name in record.get("rewards", {})))
-    table = Table("prompt", "completion", title=f"step {step}", show_lines=True)
+    table = Table(title=f"step {step}", show_lines=True)
+    for name in ("prompt", "completion"):
+        table.add_column(name, overflow="fold")
     for name in [*names, *(["tokens"] if scored else [])]:
         table.add_column(name, justify="right")
     for record in records:

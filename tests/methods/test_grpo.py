@@ -84,11 +84,14 @@ def compute(config, model, variables, batch):
     return gradient(config, model)({"params": variables["params"]}, batch)
 
 
-def judge(config, model, variables, batch) -> dict[str, float | None]:
-    """Loss and metrics alone, which compile faster."""
-    totals = grpo.totals(config, batch)
-    (micro,) = [jax.tree.map(lambda x: x[0], batch)]
-    value, metrics = jax.jit(grpo.make_loss(config, model))({"params": variables["params"]}, {}, micro, totals, KEY)
+def judge(config, model, variables, batch):
+    """Loss and metrics of a batch in one micro-batch, without gradients."""
+    micro = jax.tree.map(lambda x: x[0], batch)
+    return grpo.make_loss(config, model)({"params": variables["params"]}, {}, micro, grpo.totals(config, batch), KEY)
+
+
+def judged(config, model, variables, batch) -> dict[str, float | None]:
+    value, metrics = jax.jit(partial(judge, config, model))(variables, batch)
     return {"loss": float(value), **values_of(metrics)}
 
 
@@ -119,7 +122,8 @@ def chance():
 def loss_by_hand(chance, experience=None, **settings):
     config = Config(**{"num_iterations": 2, "num_generations": 3, "max_completion_length": 8, **settings})
     found, _, _ = grpo.estimate(config, experience or hand_made(), {})
-    return judge(config, *chance, pack_all(config, found))
+    model, variables = chance
+    return judged(config, model, variables, pack_all(config, found))
 
 
 # With ε 0.2, a term is A min(w, 1.2) for A > 0 and A max(w, 0.8) for A < 0. Per completion the terms over A are
@@ -214,12 +218,12 @@ def test_dapo_counts_the_tokens_of_the_whole_rollout(chance):
     """Two updates per rollout, one prompt each, of 6 and 7 tokens: both divide by 6.5."""
     config = Config(num_generations=3, steps_per_generation=2, advantage="none")
     found, _, _ = grpo.estimate(config, hand_made(), {})
-    layout = replace(WHOLE, batch_size=1, micro_batch_size=1)
+    layout, (model, variables) = replace(WHOLE, batch_size=1, micro_batch_size=1), chance
     values = []
     for prompt in (0, 1):
         batch = pack_prompts(found, [prompt], layout, fields=grpo.fields(config))
         batch = replace(batch, fields={**batch.fields, **grpo.batch_fields(config, found, 1)})
-        values.append(judge(config, *chance, batch)["loss"])
+        values.append(judged(config, model, variables, batch)["loss"])
     assert values == pytest.approx([-(2.7 - 1.5) / 6.5, -(-3 * 1.8 + 4.1 + 2 * 1.2) / 6.5], rel=2e-5)
 
 
@@ -287,7 +291,12 @@ def drawn_rollout(model, variables, config) -> Experience:
 
 CHOICES: dict[str, dict[str, Any]] = {
     "dapo": {"loss_type": "dapo", "beta": 0.1, "mask_truncated_completions": True, "temperature": 0.7, "delta": 1.5},
-    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "advantage": "leave_one_out"},
+    "gspo": {
+        "loss_type": "grpo",
+        "importance_sampling_level": "sequence",
+        "advantage": "leave_one_out",
+        "epsilon": 0.02,
+    },
 }
 
 
@@ -345,12 +354,10 @@ def test_what_is_left_out_has_no_gradient():
 @pytest.mark.parametrize(
     "choice",
     [
-        {"loss_type": "dapo", "beta": 0.1},
-        {"loss_type": "grpo", "importance_sampling_level": "sequence", "beta": 0.1},
-        {"loss_type": "bnpo", "policy_loss": "cispo"},
-        {"advantage": "reinforce_plus_plus", "loss_type": "dr_grpo"},
+        {"loss_type": "dapo", "beta": 0.1, "advantage": "reinforce_plus_plus"},
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "policy_loss": "cispo"},
     ],
-    ids=["dapo", "gspo", "cispo", "reinforce++"],
+    ids=["tokens", "sequences"],
 )
 def test_a_rollout_without_any_score_has_loss_and_gradient_0(choice):
     config = config_of(choice)
@@ -433,11 +440,8 @@ def test_the_choices_that_trace():
         for key in registry:
             config = config_of({field: key, "beta": 0.1})
             batch = pack_all(config, grpo.estimate(config, experience, {})[0])
-            loss = grpo.make_loss(config, model)
-            run = partial(accumulate, loss, grpo.totals(config, batch))
-            grads, metrics = jax.eval_shape(run, {"params": variables["params"]}, {}, batch, KEY)
-            assert jax.tree.structure(grads) == jax.tree.structure({"params": variables["params"]})
-            assert {"loss", "entropy"} <= set(metrics)
+            value, metrics = jax.eval_shape(partial(judge, config, model), variables, batch)
+            assert value.shape == () and "entropy" in metrics
 
 
 def test_rloo_is_reinforce_with_the_others_as_baseline():
@@ -445,25 +449,23 @@ def test_rloo_is_reinforce_with_the_others_as_baseline():
     config = Config(**{**PRESETS["rloo"], "beta": 0.0, "max_completion_length": STEPS})
     experience = experience_of([1, STEPS, 7, 2], [1.0, 0.0, 2.0, 5.0])
     advantages = np.array([1.0, -1.0, -3.0, 3.0])
-    with jax.enable_x64(True):
-        model, variables = tiny_model(dtype="float64", **SMALL)
-        grads, _ = compute(config, model, variables, pack_all(config, grpo.estimate(config, experience, {})[0]))
-        documents = [
-            Document(
-                experience.prompts[i, : experience.prompt_lengths[i]].astype(np.int32),
-                tuple(experience.tokens[c, : experience.lengths[c]] for c in (2 * i, 2 * i + 1)),
-            )
-            for i in (0, 1)
-        ]
-        batch = pack(documents, completions=2)
+    model, variables = tiny_model(**SMALL)
+    grads, _ = compute(config, model, variables, pack_all(config, grpo.estimate(config, experience, {})[0]))
+    documents = [
+        Document(
+            experience.prompts[i, : experience.prompt_lengths[i]].astype(np.int32),
+            tuple(experience.tokens[c, : experience.lengths[c]] for c in (2 * i, 2 * i + 1)),
+        )
+        for i in (0, 1)
+    ]
+    batch = pack(documents, completions=2)
 
-        def reinforce(params):
-            logps = grpo.make_logps(config, model)(params, batch)[0]
-            sums = losses.sum_by_completion(logps, jnp.asarray(batch.predictions.completions[0]), 4)
-            return -(sums * advantages).sum() / 4
+    def reinforce(params):
+        logps = grpo.make_logps(config, model)(params, batch)[0]
+        sums = losses.sum_by_completion(logps, jnp.asarray(batch.predictions.completions[0]), 4)
+        return -(sums * advantages).sum() / 4
 
-        wanted = jax.jit(jax.grad(reinforce))({"params": variables["params"]})
-    assert relative(grads, wanted) <= 1e-6  # the mask and the advantages are float32 here
+    assert relative(grads, jax.jit(jax.grad(reinforce))({"params": variables["params"]})) <= 1e-5
 
 
 def test_unknown_methods_name_the_presets():

@@ -1,16 +1,22 @@
 """Every config that ships: it has a header with figures, it builds, its data passes, and its step traces."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxalign.config import load_config, shipped_configs
+from jaxalign.methods.common import is_online
 from jaxalign.methods.offline import pack_global
+from jaxalign.methods.rollout import pack_prompts, to_experience
 from jaxalign.run import pick_stage, prepare
+from jaxalign.run.online import online_models, prompt_width
 from jaxalign.training.optimizer import make_optimizer
+from jaxalign.types import Samples
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = [(name, stage.name) for name, path in shipped_configs().items() for stage in load_config(path).stages]
@@ -38,21 +44,52 @@ def test_the_step_traces(name, stage, smollm2, monkeypatch):
     picked = pick_stage(load_config(shipped_configs()[name], [f"model.path={smollm2}", "mesh.data=8"]), stage or None)
     ready = prepare(picked)
     assert ready.data.report.leaked == 0
-    size = ready.layout.batch_size
-    batch = pack_global(ready.method, picked.method, [ready.data.train[i] for i in range(size)], ready.layout).batch
-    optimizer, schedule = make_optimizer(picked.optimizer, ready.num_steps)
+    method, optimizer = ready.method, make_optimizer(picked.optimizer, ready.num_steps)
     key = jax.random.key(0)
+    model, shapes, batch = online(ready, key) if is_online(method) else offline(ready, key)
 
     def train(variables, batch):
-        state, frozen = ready.method.init(picked.method, ready.model, variables, optimizer, key)
-        if ready.method.NEEDS_REFERENCE:
-            batch = ready.method.make_reference(picked.method, ready.model)(variables, batch)
-        return ready.method.make_step(picked.method, ready.model, optimizer, schedule)(state, frozen, batch)
+        state, frozen = method.init(picked.method, model, variables, optimizer[0], key)
+        if not is_online(method) and method.NEEDS_REFERENCE:
+            batch = method.make_reference(picked.method, model)(variables, batch)
+        return method.make_step(picked.method, model, *optimizer)(state, frozen, batch)
 
-    shapes = jax.eval_shape(ready.model.init, key)
     state, metrics = jax.eval_shape(train, shapes, batch)
-    assert jax.tree.map(lambda x: x.shape, state.params) == jax.tree.map(
-        lambda x: x.shape, {"params": shapes["params"]}
-    )
-    assert {"loss", "grad_norm", "learning_rate", "entropy", "mean_token_accuracy"} <= set(metrics)
-    assert state.params["params"]["embed"]["embedding"].dtype == jnp.dtype(picked.model.param_dtype)
+    trained = jax.tree.leaves(state.params)
+    assert [leaf.shape for leaf in trained] == [leaf.shape for leaf in jax.tree.leaves(shapes)]
+    assert {"loss", "grad_norm", "learning_rate"} <= set(metrics)
+    assert all(leaf.dtype == jnp.dtype(picked.model.param_dtype) for leaf in trained)
+
+
+def offline(ready, key):
+    size = ready.layout.batch_size
+    batch = pack_global(
+        ready.method, ready.stage.method, [ready.data.train[i] for i in range(size)], ready.layout
+    ).batch
+    return ready.model, jax.eval_shape(ready.model.init, key), batch
+
+
+def online(ready, key):
+    """A rollout of random tokens and scores, estimated and packed as the source does it."""
+    method, config, rng = ready.method, ready.stage.method, np.random.default_rng(0)
+    size, steps = config.num_generations, config.max_completion_length
+    prompts = [
+        ready.data.train[i]["prompt_ids"] for i in range(method.rollout_prompts(config, ready.layout.batch_size))
+    ]
+    n = len(prompts) * size
+    lengths = rng.integers(1, steps + 1, n).astype(np.int32)
+    mask = np.arange(steps)[None] < lengths[:, None]
+    tokens = rng.integers(1, 1000, (n, steps)).astype(np.int32) * mask
+    logps = -mask.astype(np.float32)
+    samples = Samples(tokens, lengths, rng.integers(0, 2, n).astype(np.int32), logps, logps * 0)
+    experience = to_experience(prompts, np.arange(len(prompts)), samples, prompt_width(ready), 1)
+    wanted = {field: logps for field in method.passes(config, narrow=False)}
+    experience = replace(experience, scores=rng.normal(size=(n, 1)), fields={**experience.fields, **wanted})
+    assert method.keep(config, experience).all()
+    experience, _, _ = method.estimate(config, experience, method.start_carry(config))
+    members = method.schedule(config, len(prompts), ready.layout.batch_size, rng)[0]
+    share = config.share_prompt
+    batch = pack_prompts(experience, members, ready.layout, share_prompt=share, fields=method.fields(config))
+    numbers = method.batch_fields(config, experience, len(batch.present))
+    made = online_models(ready, key, lambda path: pytest.fail(f"{path} is loaded"))
+    return made.model, made.shapes, replace(batch, fields={**batch.fields, **numbers})

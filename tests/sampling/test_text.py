@@ -1,6 +1,9 @@
+import numpy as np
 import pytest
 
-from jaxalign.sampling import truncate_at
+from jaxalign.sampling import truncate_at, truncate_samples
+from jaxalign.sampling.generate import EOS, LENGTH, STOP
+from jaxalign.types import Samples
 
 
 @pytest.mark.parametrize(
@@ -23,3 +26,39 @@ def test_truncate_at(text, stops, expected):
 def test_empty_stop_is_an_error():
     with pytest.raises(ValueError, match="empty"):
         truncate_at("text", ["ok", ""])
+
+
+def test_the_stop_string_may_stay():
+    assert truncate_at("one two three", ["three", " two"], keep=True) == "one two"
+    assert truncate_at("one two three", ["two three", "two"], keep=True) == "one two"
+    assert truncate_at("one two three", ["four"], keep=True) == "one two three"
+
+
+def test_tokens_and_log_probs_are_cut_after_the_token_that_completes_a_stop():
+    """A token is its letters; 9 is EOS, which has none. The stops are "bc" and "dd"."""
+    letters = {1: "a", 2: "b", 3: "cx", 4: "d", 9: ""}
+    tokens = np.array(
+        [
+            [1, 2, 3, 1, 9],  # "abcxa": complete with token 3, before EOS
+            [1, 1, 4, 1, 4],  # no stop: "aadad"
+            [1, 1, 1, 4, 4],  # complete with the very last token, where the length ends: not shortened, yet stopped
+            [4, 4, 9, 0, 0],  # the end before EOS
+            [9, 0, 0, 0, 0],  # nothing but EOS
+            [0, 0, 0, 0, 0],  # nothing at all
+        ],
+        np.int32,
+    )
+    logps = -np.arange(1, 31, dtype=np.float32).reshape(6, 5)
+    lengths = np.array([5, 5, 5, 3, 1, 0], np.int32)
+    finish = np.array([EOS, LENGTH, LENGTH, EOS, EOS, LENGTH], np.int32)
+    samples = Samples(tokens, lengths, finish, logps, logps / 10)
+    cut = truncate_samples(samples, lambda ids: "".join(letters[i] for i in ids), ["bc", "dd"])
+    np.testing.assert_array_equal(cut.lengths, [3, 5, 5, 2, 1, 0])
+    np.testing.assert_array_equal(cut.finish, [STOP, LENGTH, STOP, STOP, EOS, LENGTH])
+    np.testing.assert_array_equal(cut.tokens[[0, 3]], [[1, 2, 3, 0, 0], [4, 4, 0, 0, 0]])
+    np.testing.assert_array_equal(cut.sampler_logps[0], [-1, -2, -3, 0, 0])
+    np.testing.assert_array_equal(cut.log_mass[0], np.array([-0.1, -0.2, -0.3, 0, 0], np.float32))
+    np.testing.assert_array_equal(cut.tokens[[1, 2, 4]], tokens[[1, 2, 4]])
+    assert (cut.tokens.dtype, cut.sampler_logps.dtype, cut.lengths.dtype) == (np.int32, np.float32, np.int32)
+    assert samples.lengths[0] == 5  # left as they were
+    assert truncate_samples(samples, str, []) is samples

@@ -177,6 +177,15 @@ class RolloutSection:
     on_reward_error: Literal["raise", "none"] = "raise"
     eval_prompts: int | None = None
 
+    def __post_init__(self):
+        """Raises ValueError on what asks for nothing; the rest is checked where the sampler's config is made."""
+        if "" in self.stop:
+            raise ValueError("rollout.stop: a stop string is empty; it would cut every completion to nothing")
+        if self.reward_timeout <= 0:
+            raise ValueError(f"rollout.reward_timeout={self.reward_timeout} must be above 0 seconds")
+        if self.eval_prompts is not None and self.eval_prompts < 1:
+            raise ValueError(f"rollout.eval_prompts={self.eval_prompts} must be at least 1; null takes all")
+
 
 @dataclass(frozen=True)
 class ExportSection:

@@ -153,6 +153,7 @@ def token_rewards(scores: Array, kl: Array, mask: Array, *, kl_coef: Array | flo
     return penalty + jnp.where(real & (left == 1), _constant(scores)[:, None], 0)
 
 
+@partial(jax.jit, static_argnames="carry")
 def gae(
     rewards: Array, values: Array, mask: Array, *, gamma: float, gae_lambda: float, carry: bool = False
 ) -> tuple[jax.Array, jax.Array]:

@@ -150,8 +150,9 @@ class OnlineSource:
         return batch, metrics
 
     def state(self) -> dict[str, Any]:
-        """Rollout, counters and what the method carries from rollout to rollout."""
-        kept = None if self._experience is None else asdict(self._experience)
+        """Rollout (None where it is used up), counters and what the method carries from rollout to rollout."""
+        used_up = self._progress.update == self._method.num_updates(self._config)
+        kept = None if self._experience is None or used_up else asdict(self._experience)
         return {"progress": asdict(self._progress), "carry": dict(self._carry), "experience": kept}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -178,10 +179,10 @@ class OnlineSource:
     def _take(self, count: int) -> np.ndarray:
         """Numbers of the next prompts; an epoch's order is a function of the seed and its number."""
         total, start = len(self._parts.prompts), self._progress.position
-        self._progress.position += count
         epochs = range(start // total, (start + count - 1) // total + 1)
-        ahead = np.concatenate([self._order(epoch) for epoch in epochs])
-        return ahead[start % total :][:count].astype(np.int64)
+        orders = np.concatenate([self._order(epoch) for epoch in epochs])
+        self._progress.position += count
+        return orders[start % total :][:count].astype(np.int64)
 
     def _order(self, epoch: int) -> np.ndarray:
         total = len(self._parts.prompts)

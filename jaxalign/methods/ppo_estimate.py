@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxalign import losses
@@ -18,8 +17,6 @@ from jaxalign.types import Experience, Max, Mean, Metrics
 Carry = Mapping[str, float]
 # Added to the standard deviation that scores are divided by: equal scores become 0, not rounding errors in units of it.
 EPSILON = 1e-8
-# Called outside of jit, its scan would be compiled for every rollout anew.
-_gae = jax.jit(losses.gae, static_argnames=("gamma", "gae_lambda", "carry"))
 
 
 def start_carry(config: Config) -> dict[str, float]:
@@ -55,7 +52,9 @@ def estimate(config: Config, experience: Experience, carry: Carry) -> tuple[Expe
     whiten = {"bessel": config.whiten_bessel}
     if config.whiten_rewards:
         rewards = losses.whiten(rewards, in_loss, shift_mean=False, **whiten)
-    advantages, returns = _gae(rewards, fields["values"], in_loss, gamma=config.gamma, gae_lambda=config.gae_lambda)
+    advantages, returns = losses.gae(
+        rewards, fields["values"], in_loss, gamma=config.gamma, gae_lambda=config.gae_lambda
+    )
     if config.whiten_advantages == "rollout":
         advantages = losses.whiten(advantages, in_loss, **whiten)
     learnt = {"advantages": advantages, "returns": returns, "loss_mask": in_loss}

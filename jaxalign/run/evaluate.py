@@ -13,9 +13,10 @@ import jax
 from jaxalign import data, models
 from jaxalign.config import Stage
 from jaxalign.methods import METHODS
-from jaxalign.methods.common import make_eval_step, split_variables
+from jaxalign.methods.common import is_online, make_eval_step, split_variables
 from jaxalign.methods.offline import ExampleList, OfflineSource, make_batches
 from jaxalign.run.inputs import Say, attach_reference, load_policy
+from jaxalign.run.online import load_scoring, make_judge
 from jaxalign.run.prepare import Prepared, prepare
 from jaxalign.training.metrics import Interval
 from jaxalign.types import Batch, Variables
@@ -24,11 +25,17 @@ from jaxalign.types import Batch, Variables
 def evaluate_stage(stage: Stage, path: str | None, *, say: Say) -> dict[str, float]:
     """Loss and metrics of a stage's method on its evaluation data (else its training data), before any training.
 
+    Of an online method: greedy answers to the prompts, scored by its rewards.
+
     Args:
       stage: the config, its inputs resolved to paths.
       path: the policy to judge; the stage's own start by default. The reference stays the stage's.
       say: takes lines for the user.
     """
+    if is_online(METHODS[stage.method_name]):
+        ready = prepare(stage)
+        judge = make_judge(ready, load_scoring(ready), ready.data.eval or ready.data.train)
+        return Interval().add(judge(load_policy(ready, path or stage.model.path))).values()
     if METHODS[stage.method_name].NEEDS_REFERENCE:
         stage = replace(stage, method=replace(stage.method, precompute_ref_log_probs=False))
     ready = prepare(stage)

@@ -16,7 +16,8 @@ from jaxalign.methods.online import OnlineSource, Parts
 from jaxalign.methods.rollout import Draw, Pass, make_draw, reward_metrics, rollout_metrics, to_experience
 from jaxalign.rewards.model import make_scorer
 from jaxalign.run.inputs import HEAD
-from jaxalign.run.prepare import Prepared, resolve_dtype
+from jaxalign.run.prepare import Prepared, resolve_dtype, sampling_config
+from jaxalign.run.scoring import load_functions, reward_names
 from jaxalign.sampling import bucket_width
 from jaxalign.training.loop import Evaluate, OnSample
 from jaxalign.types import Experience, Mean, Metrics, PyTree, Variables
@@ -46,14 +47,13 @@ def load_scoring(ready: Prepared) -> Scoring:
     """Loads reward functions and reward models."""
     section = ready.stage.rollout
     functions, scorers, order = [], [], []
-    for each in section.rewards:
-        if each.model is not None:
+    for each, function in zip(section.rewards, load_functions(section), strict=True):
+        if function is None:
             order.append((len(scorers), True))
-            scorers.append(_load_scorer(ready, each.model))
+            scorers.append(_load_scorer(ready, each.model or ""))
         else:
             order.append((len(functions), False))
-            functions.append(rewards.load_reward(each.name or "", each.options))
-    names = _distinct(["model" if is_model else functions[i].name for i, is_model in order])
+            functions.append(function)
 
     def start(examples: data.Examples, experience: Experience) -> Callable[[], np.ndarray]:
         given = _given(ready, examples, experience)
@@ -71,28 +71,12 @@ def load_scoring(ready: Prepared) -> Scoring:
 
         return collect
 
-    return Scoring(tuple(names), tuple(each.weight for each in section.rewards), start)
+    return Scoring(reward_names(section), tuple(each.weight for each in section.rewards), start)
 
 
 def weights_of(ready: Prepared, scoring: Scoring) -> tuple[float, ...]:
     """The method's weights of the rewards, else those that the rewards came with."""
     return ready.stage.method.reward_weights or scoring.weights
-
-
-def sampling_config(ready: Prepared, **changes: Any) -> sampling.Config:
-    """How the stage draws."""
-    method, section = ready.stage.method, ready.stage.rollout
-    names = ("top_k", "top_p", "min_p", "repetition_penalty", "min_new_tokens", "slots", "refill", "cache_dtype")
-    return sampling.Config(
-        **{
-            **{name: getattr(section, name) for name in names},
-            "temperature": method.temperature,
-            "max_new_tokens": method.max_completion_length,
-            "num_generations": method.num_generations,
-            "eos_ids": models.end_ids(ready.model.config, ready.data.tokenizer),
-            **changes,
-        }
-    )
 
 
 def prompt_width(ready: Prepared) -> int:
@@ -214,18 +198,25 @@ def make_online_source(
 
 
 def make_online_evaluate(ready: Prepared, scoring: Scoring, frozen: PyTree) -> Evaluate | None:
-    """Greedy answers to the evaluation data's prompts, scored: `reward`, `rewards/<name>/mean`, `completions/*`."""
-    examples = ready.data.eval
-    if examples is None:
+    """The evaluation data's prompts as `make_judge` has them, None without such data."""
+    if ready.data.eval is None:
         return None
-    most = ready.stage.rollout.eval_prompts
+    judge = make_judge(ready, scoring, ready.data.eval)
+    return lambda state: judge(language_model(ready, ready.method.policy_of(state.params, frozen)))
+
+
+def make_judge(ready: Prepared, scoring: Scoring, examples: data.Examples) -> Callable[[Variables], Metrics]:
+    """Greedy answers to the prompts, scored: `reward`, `rewards/<name>/mean`, `completions/*`."""
+    most, method = ready.stage.rollout.eval_prompts, ready.stage.method
     judged = examples if most is None else examples.select(np.arange(min(most, len(examples))))
     width = prompt_width(ready)
-    draw = draw_with(ready, sampling_config(ready, temperature=0.0, num_generations=1), width)
+    # As many at once as in a rollout, so that evaluation needs no more memory.
+    at_once = ready.method.rollout_prompts(method, ready.layout.batch_size) * method.num_generations
+    slots = ready.stage.rollout.slots or at_once
+    draw = draw_with(ready, sampling_config(ready, temperature=0.0, num_generations=1, slots=slots), width)
     prompts = [np.asarray(judged[i]["prompt_ids"]) for i in range(len(judged))]
 
-    def evaluate(state: Any) -> Metrics:
-        variables = language_model(ready, ready.method.policy_of(state.params, frozen))
+    def evaluate(variables: Variables) -> Metrics:
         samples = draw(variables, prompts, jax.random.key(EVALUATION))
         experience = to_experience(prompts, np.arange(len(prompts)), samples, width, len(scoring.names))
         experience = replace(experience, scores=scoring.start(judged, experience)())
@@ -314,11 +305,6 @@ def _given(ready: Prepared, examples: data.Examples, experience: Experience) -> 
         for prompt, text in zip(prompts, texts, strict=True)
     ]
     # JSON rows may have different columns, and a column of the data is not what was drawn here.
-    names = dict.fromkeys(name for row in found for name in row if name not in DRAWN)
+    names = dict.fromkeys(name for row in (examples.row(0), *found) for name in row if name not in DRAWN)
     columns = {name: [row.get(name) for row in rows] for name in names}
     return {"prompts": prompts, "completions": completions, "columns": {**columns, "completion_ids": ids}}
-
-
-def _distinct(names: list[str]) -> list[str]:
-    """Names with a number after those that came before."""
-    return [name if names.index(name) == i else f"{name}_{i}" for i, name in enumerate(names)]

@@ -6,12 +6,12 @@ import logging
 import math
 from dataclasses import dataclass
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 import jax
 from jax.sharding import Mesh
 
-from jaxalign import data, models, rewards
+from jaxalign import data, models, sampling
 from jaxalign.config import Stage
 from jaxalign.methods import METHODS
 from jaxalign.methods.common import has_critic, is_online, make_eval_step, split_variables, trains_scores
@@ -19,8 +19,7 @@ from jaxalign.methods.offline import Layout, make_layout, packing_report
 from jaxalign.methods.rollout import row_length
 from jaxalign.models.config import DType
 from jaxalign.models.heads import score_config
-from jaxalign.rewards.model import check_same_tokenizer
-from jaxalign.sampling import bucket_width
+from jaxalign.run.scoring import check_rewards, reward_names
 from jaxalign.sharding import data_shards, make_mesh
 from jaxalign.training.metrics import check_writers
 from jaxalign.training.optimizer import make_optimizer
@@ -125,7 +124,12 @@ def _check_evaluation(ready: Prepared) -> None:
     if model.critic and not has_critic(ready.method):
         raise ValueError(f"model.critic: the method {ready.stage.method_name} has no critic; leave it away")
     if is_online(ready.method):
+        sampling_config(ready)
         check_rewards(ready)
+        if getattr(ready.stage.method, "ptx_coef", 0):
+            raise ValueError(
+                "method.ptx_coef: a run has no supervised examples to mix in; it works through ppo.make_batch"
+            )
         needed = ready.method.needs_reference(ready.stage.method)
     else:
         needed = ready.method.NEEDS_REFERENCE
@@ -143,8 +147,22 @@ def _check_evaluation(ready: Prepared) -> None:
         if given:
             raise ValueError(f"train.{given[0]} needs evaluation data: set data.eval_path, eval_split or eval_ratio")
         return
-    if is_online(ready.method):
-        return
+    names = [f"eval_{name}" for name in (_online_metrics if is_online(ready.method) else _offline_metrics)(ready)]
+    wanted = best_metric(ready.stage)
+    if wanted not in names and f"eval_{wanted}" not in names:
+        raise ValueError(f"train.metric_for_best_model: there is no {wanted!r}; there are {', '.join(names)}")
+
+
+def _online_metrics(ready: Prepared) -> list[str]:
+    """Names of what greedy answers are judged by."""
+    lengths = [f"completions/{kind}_{of}length" for of in ("", "terminated_") for kind in ("mean", "min", "max")]
+    rewards = [f"rewards/{name}/mean" for name in reward_names(ready.stage.rollout)]
+    return ["reward", *rewards, *lengths, "completions/clipped_ratio"]
+
+
+def _offline_metrics(ready: Prepared) -> list[str]:
+    """Names of the metrics of the method's loss."""
+    assert ready.data.eval is not None
     examples = [ready.data.eval[0]]
     batch = ready.method.make_batch(ready.stage.method, examples, length=ready.layout.length)
     shapes = jax.eval_shape(ready.model.init, jax.random.key(0))
@@ -154,52 +172,23 @@ def _check_evaluation(ready: Prepared) -> None:
             batch = ready.method.make_reference(ready.stage.method, ready.model)(variables, batch)
         return make_eval_step(ready.method, ready.stage.method, ready.model)(*split_variables(variables), batch)
 
-    names = [f"eval_{name}" for name in jax.eval_shape(evaluate, shapes, batch)]
-    wanted = best_metric(ready.stage)
-    if wanted not in names and f"eval_{wanted}" not in names:
-        raise ValueError(f"train.metric_for_best_model: there is no {wanted!r}; there are {', '.join(names)}")
+    return list(jax.eval_shape(evaluate, shapes, batch))
 
 
-def check_rewards(ready: Prepared) -> None:
-    """Loads the stage's reward functions, to see that there are any and that the data has what they read.
-
-    Raises:
-      ValueError: no reward, an unknown one, a missing column, a reward model that cannot read what the policy writes,
-        or weights that are not one for each; names the key.
-    """
-    section, weights = ready.stage.rollout, ready.stage.method.reward_weights
-    if not section.rewards:
-        raise ValueError(
-            f"rollout.rewards: {ready.stage.method_name} needs at least one reward, for example [{{name: gsm8k}}]"
-        )
-    if weights is not None and (len(weights) != len(section.rewards) or any(r.weight != 1 for r in section.rewards)):
-        raise ValueError(
-            f"method.reward_weights has {len(weights)} numbers for {len(section.rewards)} rewards; give one for each "
-            "here, or none here and `weight` beside each reward"
-        )
-    sets = [each for each in (ready.data.train, ready.data.eval) if each is not None]
-    for number, each in enumerate(section.rewards):
-        try:
-            if each.model is not None:
-                _check_reward_model(ready, each.model, max(int(part.lengths["prompt"].max()) for part in sets))
-                continue
-            reward = rewards.load_reward(each.name or "", each.options)
-            for part in sets:
-                reward.check_columns([*(part.row(0) if part.rows is not None else {}), "completion_ids"])
-        except ValueError as error:
-            raise ValueError(f"rollout.rewards[{number}]: {error}") from error
-    if getattr(ready.stage.method, "ptx_coef", 0):
-        raise ValueError("method.ptx_coef: a run has no supervised examples to mix in; it works through ppo.make_batch")
-
-
-def _check_reward_model(ready: Prepared, path: str, longest: int) -> None:
-    check_same_tokenizer(ready.data.tokenizer, models.load_tokenizer(path))
-    context, steps = models.load_config(path).max_position, ready.stage.method.max_completion_length
-    if longest + steps > context:
-        raise ValueError(
-            f"a prompt of {longest} tokens and method.max_completion_length={steps} exceed the context of {path}, "
-            f"{context}: lower it, or set data.max_prompt_length"
-        )
+def sampling_config(ready: Prepared, **changes: Any) -> sampling.Config:
+    """How an online stage draws."""
+    method, section = ready.stage.method, ready.stage.rollout
+    names = ("top_k", "top_p", "min_p", "repetition_penalty", "min_new_tokens", "slots", "refill", "cache_dtype")
+    return sampling.Config(
+        **{
+            **{name: getattr(section, name) for name in names},
+            "temperature": method.temperature,
+            "max_new_tokens": method.max_completion_length,
+            "num_generations": method.num_generations,
+            "eos_ids": models.end_ids(ready.model.config, ready.data.tokenizer),
+            **changes,
+        }
+    )
 
 
 def check_data(stage: Stage) -> tuple[data.Data, dict[str, float]]:
@@ -241,7 +230,7 @@ def online_layout(stage: Stage, examples: list[data.Examples], config: models.Mo
     if jax.process_count() > 1:
         raise ValueError(f"{stage.method_name}: online methods run in one process; use one process per run")
     longest = max(int(each.lengths["prompt"].max()) for each in examples)
-    width = bucket_width(longest)
+    width = sampling.bucket_width(longest)
     if longest + method.max_completion_length > config.max_position:
         raise ValueError(
             f"method.max_completion_length={method.max_completion_length} and the longest prompt of {longest} tokens "

@@ -19,6 +19,7 @@ from jaxalign.sampling.generate import EOS, LENGTH, STOP
 from jaxalign.sharding import MeshConfig, data_shards, make_mesh, param_shardings
 from jaxalign.training import storable
 from jaxalign.training.checkpoint import Checkpoints
+from jaxalign.training.loop import TIMINGS
 from jaxalign.types import Experience, Samples
 from tests.layouts import VOCAB, tiny_model
 
@@ -158,7 +159,9 @@ def test_a_mesh_draws_and_passes_the_same_prompts():
     config, (_, variables) = config_of(old_logps="trainer", num_iterations=2, beta=0.1), small()
     mesh = make_mesh(MeshConfig(4, 2, 1))
     placed = jax.device_put(variables, param_shardings(mesh, variables))
-    source = make_source(config, sampler(mesh), mesh=mesh, passes=policy_passes(config, placed), batch_size=3)
+    source = make_source(
+        config, sampler(mesh), mesh=mesh, passes=policy_passes(config, placed), batch_size=3, micro_batch_size=2
+    )
     batch, metrics = draw_next(source, placed)
     assert metrics["sampling/sampling_logp_difference/max"].value() <= 1e-4 / TEMPERATURE
     reference = jax.tree.map(lambda x: x * 0.98, variables)
@@ -248,6 +251,7 @@ def test_a_source_goes_on_bit_for_bit_from_any_update(tmp_path):
             if update:
                 checkpoints.save(update, {"x": jnp.zeros(2)}, source.state(), {})
             saved.append(storable.pack(source.state()))
+            assert (source.state()["experience"] is None) == (update % 4 == 0)  # what is used up takes no room
             policy = {"shift": -1.0 - update}  # the policy moves
             batch, metrics = draw_next(source, policy)
             wanted.append((policy, batch, timeless(metrics), storable.pack(source.state())))
@@ -330,7 +334,7 @@ def test_metrics_of_rewards_leave_out_what_has_none():
     }
     found = {name: metrics[name].value() for name in wanted}
     assert found == pytest.approx(wanted, rel=1e-6)
-    assert set(TIMES) <= metrics.keys()
+    assert set(TIMES) <= metrics.keys() and set(TIMES) <= TIMINGS
     silent = make_source(config_of(), score=lambda e: lambda: np.stack([e.lengths * np.nan, e.lengths * 1.0], 1))
     _, metrics = draw_next(silent)
     assert not {"rewards/sum/mean", "rewards/sum/std"} & metrics.keys() and "rewards/length/mean" in metrics

@@ -1,0 +1,74 @@
+"""The rewards that an online stage names: loaded, told apart, and checked before anything runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from jaxalign import models, rewards
+from jaxalign.rewards.model import check_same_tokenizer
+from jaxalign.sections import RolloutSection
+
+if TYPE_CHECKING:
+    from jaxalign.run.prepare import Prepared
+
+
+def load_functions(section: RolloutSection) -> list[rewards.Reward | None]:
+    """The section's reward functions, None in the place of a reward model.
+
+    Raises:
+      ValueError: one that is unknown, or cannot be had with these options; names the key.
+    """
+    functions: list[rewards.Reward | None] = []
+    for number, each in enumerate(section.rewards):
+        try:
+            functions.append(None if each.name is None else rewards.load_reward(each.name, each.options))
+        except ValueError as error:
+            raise ValueError(f"rollout.rewards[{number}]: {error}") from error
+    return functions
+
+
+def reward_names(section: RolloutSection) -> tuple[str, ...]:
+    """What the metrics call the rewards: the function's name or `model`, with a number where that was there before."""
+    names = ["model" if each is None else each.name for each in load_functions(section)]
+    return tuple(name if names.index(name) == i else f"{name}_{i}" for i, name in enumerate(names))
+
+
+def check_rewards(ready: Prepared) -> None:
+    """Checks that there are rewards and that they can read the stage's data and completions.
+
+    Raises:
+      ValueError: no reward, an unknown one, a missing column, a reward model with another tokenizer or too short a
+        context, or weights that are not one for each; names the key.
+    """
+    section, weights = ready.stage.rollout, ready.stage.method.reward_weights
+    if not section.rewards:
+        raise ValueError(
+            f"rollout.rewards: {ready.stage.method_name} needs at least one reward, for example [{{name: gsm8k}}]"
+        )
+    if weights is not None and (len(weights) != len(section.rewards) or any(r.weight != 1 for r in section.rewards)):
+        raise ValueError(
+            f"method.reward_weights has {len(weights)} numbers for {len(section.rewards)} rewards; give one for each "
+            "here, or none here and `weight` beside each reward"
+        )
+    sets = [each for each in (ready.data.train, ready.data.eval) if each is not None]
+    longest = max(int(each.lengths["prompt"].max()) for each in sets)
+    for number, function in enumerate(load_functions(section)):
+        try:
+            if function is None:
+                _check_model(ready, section.rewards[number].model or "", longest)
+                continue
+            for each in sets:
+                columns = each.row(0) if each.rows is not None else {}
+                function.check_columns([*columns, "completion_ids"])
+        except ValueError as error:
+            raise ValueError(f"rollout.rewards[{number}]: {error}") from error
+
+
+def _check_model(ready: Prepared, path: str, longest: int) -> None:
+    check_same_tokenizer(ready.data.tokenizer, models.load_tokenizer(path))
+    context, steps = models.load_config(path).max_position, ready.stage.method.max_completion_length
+    if longest + steps > context:
+        raise ValueError(
+            f"a prompt of {longest} tokens and method.max_completion_length={steps} exceed the context of {path}, "
+            f"{context}: lower it, or set data.max_prompt_length"
+        )

@@ -342,7 +342,9 @@ def _metrics(
     metrics: dict[str, Any] = {name: common.masked_mean(values, mask) for name, values in known.items()}
     if "old_logps" not in batch.fields:
         # One update per rollout: the policy has not changed since it drew these tokens.
-        apart = jnp.where(mask > 0, jnp.abs(tokens.logps - batch.fields["sampler_logps"]), 0)
-        metrics["sampling/sampling_logp_difference/mean"] = common.masked_mean(apart, mask)
-        metrics["sampling/sampling_logp_difference/max"] = Max(apart.max())
+        # Whoever packs completions without them gives NaN, which counts as none.
+        apart = jnp.abs(tokens.logps - batch.fields["sampler_logps"])
+        real = (mask > 0) & ~jnp.isnan(apart)
+        metrics["sampling/sampling_logp_difference/mean"] = common.masked_mean(apart, real)
+        metrics["sampling/sampling_logp_difference/max"] = Max(jnp.where(real, apart, -jnp.inf).max())
     return metrics

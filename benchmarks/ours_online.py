@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any, cast
 
 import cases
 import jax
@@ -22,16 +23,18 @@ from jaxalign.models.config import count_params, forward_flops
 from jaxalign.models.pretrained import load
 from jaxalign.sharding import MeshConfig, make_mesh, param_shardings
 from jaxalign.training import optimizer as optimizers
-from jaxalign.types import Experience
+from jaxalign.types import Experience, Mean, Variables
 
 REWARD = rewards.Reward("share_of_even", lambda completions, completion_ids: rollouts.share_of_even(completion_ids))
+# Of the tokens per row, as a run on CPU has it.
+ROW_MULTIPLE = 32
 
 
 def parse():
     """The shared command line and jaxalign's own choices."""
     parser = rollouts.arguments(__doc__ or "")
     parser.add_argument("--remat", default="none", help="as model.remat")
-    parser.add_argument("--refill", type=int, default=0, help="as rollout.refill; 0: the default")
+    parser.add_argument("--waves", action="store_true", help="refill slots when all are free; else as by default")
     parser.add_argument("--micro-batch-size", type=int, default=0, help="as train.micro_batch_size; 0: the whole batch")
     return parser.parse_args()
 
@@ -44,103 +47,86 @@ def sample(args) -> None:
         max_new_tokens=args.new_tokens,
         eos_ids=tuple(rollouts.ending_ids(args)),
         slots=args.batch_size,
-        refill=args.refill or None,
+        refill=args.batch_size if args.waves else None,
     )
     width = sampling.bucket_width(max(map(len, prompts)))
     draw = make_draw(model, config, make_mesh(MeshConfig()), width=width)
     counters = {}
 
-    def call(seed: int) -> np.ndarray:
+    def call(seed: int) -> list[int]:
         samples = draw(variables, prompts, jax.random.key(seed))
         counters.update({name: int(count) for name, count in samples.counters.items()})
-        return samples.lengths
+        return np.asarray(samples.lengths).tolist()
 
     seconds, lengths = rollouts.time_calls(args, call)
     peak = cases.peak_memory_mib()
     sizes = [len(ids) for ids in prompts]
-    rates = Rates(args, model, sum(sizes) + sum(lengths[-1]))
+    rates = Rates(args, model, args.batch_size * (sum(sizes) // len(sizes) + args.new_tokens // 2))
     floors = [rates.sampling(sizes, sizes, each) for each in lengths]
-    rollouts.report(
-        args,
-        trainer="jaxalign",
-        versions={"jaxalign": jaxalign.__version__, "jax": jax.__version__},
-        settings={"width": width, "slots": args.batch_size, "refill": args.refill or None},
-        seconds=seconds,
-        lengths=lengths,
-        extra={
-            "peak_memory_mib": peak,
-            "counters": counters,
-            "floor_seconds": float(np.median([each["seconds"] for each in floors[args.warmup :]])),
-            "floor": floors[-1] | rates.measured,
-        },
-    )
+    measured = {"seconds": seconds, "lengths": lengths, "counters": counters, "floor": floors[-1] | rates.measured}
+    settings = {"width": width, "slots": args.batch_size, "refill": config.refill}
+    report(args, measured, peak, [floor["seconds"] for floor in floors], settings)
 
 
 def train(args) -> None:
     """GRPO steps: the source of a run draws, scores and packs, the jitted step learns."""
     steps = args.warmup + args.steps
-    prompts = [{"prompt_ids": np.array(ids, np.int32)} for ids in rollouts.read_prompts(args.data, args.batch_size * steps)]
-    sizes = [len(each["prompt_ids"]) for each in prompts]
-    config = grpo.Config(num_generations=args.generations, max_completion_length=args.new_tokens)
+    prompts = [np.array(ids, np.int32) for ids in rollouts.read_prompts(args.data, args.batch_size * steps)]
     model, variables = load(args.model, compute_dtype=args.dtype, remat=args.remat)
+    config = grpo.Config(num_generations=args.generations, max_completion_length=args.new_tokens)
     settings = optimizers.Config(learning_rate=args.learning_rate, lr_scheduler_type="linear")
     optimizer, schedule = optimizers.make_optimizer(settings, steps)
-    mesh, key = make_mesh(MeshConfig()), jax.random.key(0)
-    state, frozen = grpo.init(config, model, variables, optimizer, key)
+    state, frozen = grpo.init(config, model, variables, optimizer, jax.random.key(0))
     del variables
-    shardings = param_shardings(mesh, state)
-    state = jax.device_put(state, shardings)
-    step = jax.jit(grpo.make_step(config, model, optimizer, schedule), donate_argnums=0, out_shardings=(shardings, None))
-    width = sampling.bucket_width(max(sizes))
-    longest = row_length(
-        min(width, max(sizes)), args.new_tokens, args.generations, share_prompt=config.share_prompt, multiple=32
+    mesh = make_mesh(MeshConfig())
+    placed = param_shardings(mesh, state)
+    state = jax.device_put(state, placed)
+    learn = grpo.make_step(config, model, optimizer, schedule)
+    step = jax.jit(learn, donate_argnums=0, out_shardings=(placed, None))
+    source = make_source(args, model, config, frozen, prompts)
+    measured: dict[str, list[Any]] = {name: [] for name in ("seconds", "sampling_seconds", "losses", "lengths")}
+    flops, shapes = [], set()
+    for _ in range(steps):
+        start = time.perf_counter()
+        batch, metrics = source.next(state)
+        state, learnt = step(state, frozen, batch)
+        measured["losses"].append(learnt["loss"].value())
+        jax.block_until_ready(state)
+        measured["seconds"].append(time.perf_counter() - start)
+        measured["sampling_seconds"].append(cast(Mean, metrics["timing_s/sampling"]).value())
+        assert source.experience is not None
+        measured["lengths"].append(source.experience.lengths.tolist())
+        flops.append(least_flops("grpo", model, batch))
+        shapes.add(str(batch.rows.tokens.shape))
+    peak = cases.peak_memory_mib()
+    sizes = np.array([len(ids) for ids in prompts]).reshape(steps, args.batch_size).tolist()
+    rates = Rates(args, model, sum(sizes[-1]) * args.generations + sum(measured["lengths"][-1]) // 2)
+    floors = [
+        rates.sampling(own, np.repeat(own, args.generations).tolist(), lengths)["seconds"]
+        + operations / rates.measured["flops_per_second"]
+        for own, lengths, operations in zip(sizes, measured["lengths"], flops, strict=True)
+    ]
+    report(args, measured, peak, floors, {"remat": args.remat, "row_shapes": sorted(shapes)})
+
+
+def make_source(args, model: Model, config: grpo.Config, frozen: Variables, prompts: list[np.ndarray]) -> OnlineSource:
+    """The source, sampler and layout as `run.online` and `run.prepare` make them."""
+    mesh, longest = make_mesh(MeshConfig()), max(map(len, prompts))
+    width = sampling.bucket_width(longest)
+    length = row_length(
+        longest, args.new_tokens, args.generations, share_prompt=config.share_prompt, multiple=ROW_MULTIPLE
     )
-    layout = Layout(args.batch_size, args.micro_batch_size or args.batch_size, longest)
     drawing = sampling.Config(max_new_tokens=args.new_tokens, num_generations=args.generations)
     parts = Parts(
-        prompts=prompts,
+        prompts=[{"prompt_ids": ids} for ids in prompts],
         draw=make_draw(model, drawing, mesh, width=width),
         policy=lambda params: grpo.policy_of(params, frozen),
         score=score,
         rewards=(REWARD.name,),
         width=width,
     )
-    source = OnlineSource(grpo, config, parts, layout, mesh, key=key, shuffle=False)
-    seconds, sampled, losses, lengths, flops, shapes = [], [], [], [], [], set()
-    for _ in range(steps):
-        start = time.perf_counter()
-        batch, metrics = source.next(state)
-        state, learnt = step(state, frozen, batch)
-        losses.append(learnt["loss"].value())
-        jax.block_until_ready(state)
-        seconds.append(time.perf_counter() - start)
-        sampled.append(metrics["timing_s/sampling"].value())
-        assert source.experience is not None
-        lengths.append(source.experience.lengths.tolist())
-        flops.append(least_flops("grpo", model, batch))
-        shapes.add(str(batch.rows.tokens.shape))
-    peak = cases.peak_memory_mib()
-    rates = Rates(args, model, args.batch_size * args.generations * (width + args.new_tokens))
-    floors = []
-    for number, operations in enumerate(flops):
-        own = sizes[number * args.batch_size :][: args.batch_size]
-        floor = rates.sampling(own, np.repeat(own, args.generations), lengths[number])
-        floors.append(floor["seconds"] + operations / rates.measured["flops_per_second"])
-    rollouts.report(
-        args,
-        trainer="jaxalign",
-        versions={"jaxalign": jaxalign.__version__, "jax": jax.__version__},
-        settings={"remat": args.remat, "length": longest, "micro_batch_size": layout.micro_batch_size},
-        seconds=seconds,
-        lengths=lengths,
-        extra={
-            "peak_memory_mib": peak,
-            "sampling_seconds": sampled,
-            "losses": losses,
-            "row_shapes": sorted(shapes),
-            "floor_seconds": float(np.median(floors[args.warmup :])),
-        },
-    )
+    layout = Layout(args.batch_size, args.micro_batch_size or args.batch_size, length)
+    return OnlineSource(grpo, config, parts, layout, mesh, key=jax.random.key(0), shuffle=False)
 
 
 def score(experience: Experience):
@@ -156,13 +142,30 @@ def score(experience: Experience):
     return rewards.start_rewards([REWARD], per_completion, texts, {"completion_ids": tokens}).result
 
 
+def report(args, measured: dict[str, Any], peak: float, floors: list[float], settings: dict[str, object]) -> None:
+    """Prints the JSON line; the floors are of every call or step."""
+    rollouts.report(
+        args,
+        trainer="jaxalign",
+        versions={"jaxalign": jaxalign.__version__, "jax": jax.__version__},
+        settings=settings,
+        seconds=measured["seconds"],
+        lengths=measured["lengths"],
+        extra={
+            **measured,
+            "peak_memory_mib": peak,
+            "floor_seconds": float(np.median(floors[args.warmup :])),
+        },
+    )
+
+
 class Rates:
     """What this machine can do, measured in the sizes of one decode step, and what that makes of sampling.
 
     Args:
       args: the command line.
       model: the model.
-      tokens: tokens that the caches hold at the end.
+      tokens: how many tokens the caches hold at a step.
     """
 
     def __init__(self, args, model: Model, tokens: int) -> None:
@@ -177,7 +180,7 @@ class Rates:
             "decode_flops_per_second": matmul_rate(args.dtype, self.slots, 1024),
         }
 
-    def sampling(self, read, prompts, lengths) -> dict[str, float]:
+    def sampling(self, read: list[int], prompts: list[int], lengths: list[int]) -> dict[str, float]:
         """Least seconds to draw completions.
 
         Every prompt is read once, then all slots are busy to the end. A decode step reads all weights and what is in

@@ -41,6 +41,12 @@ def parse():
     return parser.parse_args()
 
 
+class CompileOnCpu(CompileConfig):
+    """By itself `generate` compiles on GPUs only."""
+
+    _compile_all_devices = True
+
+
 def sampling_config(args) -> GenerationConfig:
     """Plain sampling at temperature 1 until one of the ends."""
     config = GenerationConfig(
@@ -54,8 +60,7 @@ def sampling_config(args) -> GenerationConfig:
         cache_implementation="static" if args.compile or args.cache == "static" else None,
     )
     if args.compile:
-        config.compile_config = CompileConfig(mode="default")
-        config.compile_config._compile_all_devices = True
+        config.compile_config = CompileOnCpu(mode="default")
     return config
 
 

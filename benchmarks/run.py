@@ -17,36 +17,84 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import report
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "TRANSFORMERS_VERBOSITY": "error"}
 
 
 class Variant(NamedTuple):
-    """One way to run one trainer."""
+    """One way to run one trainer.
+
+    Attributes:
+      trainer: whose script and environment.
+      dtype: of weights, or of the computation.
+      flags: further arguments of the script.
+      tasks: where the variant differs from the others; empty = everywhere.
+    """
 
     trainer: str
     dtype: str
     flags: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
 
 
+OFFLINE, SAMPLING = ("sft", "dpo"), ("sample", "sample-ragged")
 VARIANTS = {
     "jaxalign": Variant("jaxalign", "float32", ("--micro-batch-size", "2")),
+    "jaxalign-waves": Variant("jaxalign", "float32", ("--waves",), ("sample-ragged",)),
     "trl": Variant("trl", "float32"),
     "tunix": Variant("tunix", "float32"),
-    "trl-checkpointing": Variant("trl", "float32", ("--checkpointing",)),
-    "trl-padding-free": Variant("trl", "float32", ("--padding-free",)),
+    "trl-checkpointing": Variant("trl", "float32", ("--checkpointing",), (*OFFLINE, "grpo")),
+    "trl-padding-free": Variant("trl", "float32", ("--padding-free",), ("sft",)),
+    "trl-static": Variant("trl", "float32", ("--cache", "static"), (*SAMPLING, "grpo")),
+    "trl-continuous": Variant("trl", "float32", ("--continuous",), SAMPLING),
     "trl-eager": Variant("trl", "float32", ("--attention", "eager")),
     "trl-compile": Variant("trl", "float32", ("--compile",)),
     "trl-bf16": Variant("trl", "bfloat16"),
-    "trl-bf16-autocast": Variant("trl", "bfloat16", ("--autocast",)),
-    "tunix-remat": Variant("tunix", "float32", ("--remat", "decoder")),
+    "trl-bf16-autocast": Variant("trl", "bfloat16", ("--autocast",), (*OFFLINE, "grpo")),
+    "tunix-remat": Variant("tunix", "float32", ("--remat", "decoder"), (*OFFLINE, "grpo")),
     "tunix-bf16": Variant("tunix", "bfloat16"),
     "jaxalign-bf16": Variant("jaxalign", "bfloat16", ("--micro-batch-size", "2")),
 }
-SCRIPTS = {"jaxalign": "ours.py", "trl": "peer_trl.py", "tunix": "peer_tunix.py"}
+SCRIPTS = {"jaxalign": "ours", "trl": "peer_trl", "tunix": "peer_tunix"}
 PATHS = {"--python-jaxalign", "--python-trl", "--python-tunix", "--gguf", "--work", "--results", "--table"}
-SFT_ONLY = {"trl-padding-free"}
+
+
+class Task(NamedTuple):
+    """What is measured, unless the command line says otherwise.
+
+    Attributes:
+      script: ending of the names of the scripts that do it.
+      variants: which.
+      batch_size: examples per step, or completions at the same time.
+      steps: measured in one process.
+      warmup: steps before them.
+      repeats: fresh processes of each variant.
+      prompts: of one call of a sampler; 0 = as many as `batch_size`.
+    """
+
+    script: str
+    variants: tuple[str, ...]
+    batch_size: int
+    steps: int
+    warmup: int
+    repeats: int
+    prompts: int = 0
+
+
+TASKS = {
+    "sft": Task(".py", ("jaxalign", "trl", "tunix", "trl-bf16"), 8, 5, 2, 3),
+    "dpo": Task(".py", ("jaxalign", "trl", "tunix", "trl-bf16"), 8, 5, 2, 3),
+    "sample": Task("_online.py", ("jaxalign", "trl", "trl-static", "tunix"), 16, 3, 1, 2),
+    "sample-ragged": Task("_online.py", ("jaxalign", "jaxalign-waves", "trl", "trl-continuous"), 8, 3, 1, 2, 64),
+    "grpo": Task("_online.py", ("jaxalign", "trl", "tunix"), 2, 3, 1, 2),
+}
+
+
+# On the larger model a call takes many seconds.
+FEWER = {"steps": {"sample": 2, "sample-ragged": 1, "grpo": 2}, "repeats": {"sample": 1, "sample-ragged": 1, "grpo": 1}}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -55,19 +103,28 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--python-jaxalign", type=Path, default=ROOT / ".venv/bin/python")
     parser.add_argument("--python-trl", type=Path, default=ROOT / ".venv-trl/bin/python")
     parser.add_argument("--python-tunix", type=Path, default=ROOT / ".venv-tunix/bin/python")
-    parser.add_argument("--tasks", nargs="+", choices=("sft", "dpo"), default=["sft", "dpo"])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--models", nargs="+", default=["llama5m", "smollm2"])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["jaxalign", "trl", "tunix", "trl-bf16"])
-    parser.add_argument("--batch-size", type=int, default=8, help="examples per step")
-    parser.add_argument("--steps", type=int, default=5, help="measured steps of one repetition")
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="by default a choice that depends on the task")
+    parser.add_argument("--batch-size", type=int, help="examples per step, or completions at the same time")
+    parser.add_argument("--steps", type=int, help="measured steps of one repetition")
+    parser.add_argument("--warmup", type=int)
+    parser.add_argument("--repeats", type=int, help="fresh processes of each variant")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--gguf", type=Path, default=ROOT / "models/smollm2-135m-instruct.gguf")
     parser.add_argument("--work", type=Path, default=ROOT / ".cache/benchmarks", help="model folders and rows")
     parser.add_argument("--results", type=Path, default=HERE / "results.json")
     parser.add_argument("--table", type=Path, default=HERE / "RESULTS.md")
     return parser.parse_args(argv)
+
+
+def chosen(args: argparse.Namespace, model: str, task: str) -> Task:
+    """The task with what the command line says of it."""
+    usual = {name: fewer[task] for name, fewer in FEWER.items() if model == "smollm2" and task in fewer}
+    given = {name: getattr(args, name) for name in ("batch_size", "steps", "warmup", "repeats")}
+    found = TASKS[task]._replace(**usual | {name: value for name, value in given.items() if value is not None})
+    names = args.variants or found.variants
+    return found._replace(variants=tuple(name for name in names if task in (VARIANTS[name].tasks or TASKS)))
 
 
 def without_paths(argv: list[str]) -> list[str]:
@@ -94,92 +151,31 @@ def interpreter(args: argparse.Namespace, trainer: str) -> Path:
 
 
 def prepare(args: argparse.Namespace, model: str) -> tuple[Path, Path]:
-    """The model folder and the rows of one model, made once."""
+    """The model folder and the rows of one model."""
     folder, rows = args.work / model, args.work / f"{model}.jsonl"
     python = interpreter(args, "jaxalign")
     if model == "smollm2" and not (folder / "config.json").exists():
         convert = "from jaxalign.cli import main; main()"
         subprocess.run([python, "-c", convert, "convert", args.gguf, folder], check=True, env=ENVIRONMENT)
-    count = args.batch_size * (args.steps + args.warmup)
+    tasks = [chosen(args, model, task) for task in args.tasks]
+    count = max(max(task.prompts, task.batch_size * (task.steps + task.warmup)) for task in tasks)
     subprocess.run([python, HERE / "cases.py", "--model", folder, "--data", rows, "--count", str(count)], check=True)
     return folder, rows
 
 
-def measure(args: argparse.Namespace, name: str, task: str, folder: Path, rows: Path) -> dict:
+def measure(args: argparse.Namespace, name: str, task: str, plan: Task, folder: Path, rows: Path) -> dict:
     """Runs one variant once in a fresh process; a failure is recorded with the end of its output, never hidden."""
     variant = VARIANTS[name]
-    command = [interpreter(args, variant.trainer), HERE / SCRIPTS[variant.trainer], "--task", task]
-    command += ["--model", folder, "--data", rows, "--steps", args.steps, "--warmup", args.warmup]
-    command += ["--batch-size", args.batch_size, "--dtype", variant.dtype, "--threads", args.threads, *variant.flags]
+    command = [interpreter(args, variant.trainer), HERE / (SCRIPTS[variant.trainer] + plan.script), "--task", task]
+    command += ["--model", folder, "--data", rows, "--steps", plan.steps, "--warmup", plan.warmup]
+    command += ["--batch-size", plan.batch_size, "--dtype", variant.dtype, "--threads", args.threads, *variant.flags]
+    command += ["--prompts", plan.prompts or plan.batch_size] if task in SAMPLING else []
     started = time.perf_counter()
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=HERE, env=ENVIRONMENT)
     record = {"variant": name, "task": task, "model": folder.name, "process_seconds": time.perf_counter() - started}
     if done.returncode:
-        return record | {"failed": (done.stderr or done.stdout).strip().splitlines()[-3:]}
+        return record | {"trainer": variant.trainer, "failed": (done.stderr or done.stdout).strip().splitlines()[-3:]}
     return record | json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def summary(runs: list[dict]) -> dict:
-    """One table row out of the repetitions of one variant on one case."""
-    measured = [step for run in runs for step in run["seconds"][run["warmup"] :]]
-    real = [tokens for run in runs for tokens in run["real_tokens"][run["warmup"] :]]
-    rows = [tokens for run in runs for tokens in run["row_tokens"][run["warmup"] :]]
-    median = statistics.median(measured)
-    return {
-        "median": median,
-        "least": min(measured),
-        "most": max(measured),
-        "examples": runs[0]["batch_size"] / median,
-        "tokens": sum(real) / sum(measured),
-        "efficiency": sum(real) / sum(rows),
-        "compile": statistics.median(run.get("compile_seconds", 0.0) for run in runs),
-        "memory": max(run["peak_memory_mib"] for run in runs),
-        "floor": statistics.median(run["floor_seconds"] for run in runs) if "floor_seconds" in runs[0] else None,
-    }
-
-
-def case_lines(runs: list[dict]) -> list[str]:
-    """The table of one task and model, and how much faster jaxalign is than the fastest peer of each dtype."""
-    lines = [
-        "| variant | step s: median (min to max) | examples/s | tokens/s | real/row tokens | compile s | peak MiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    rows, failures = {}, []
-    for name in dict.fromkeys(run["variant"] for run in runs):
-        mine = [run for run in runs if run["variant"] == name]
-        failed = [run for run in mine if "failed" in run]
-        if failed:
-            failures.append(f"- `{name}` failed in {len(failed)} of {len(mine)} runs: {' '.join(failed[0]['failed'])}")
-            continue
-        row = rows[name] = summary(mine)
-        lines.append(
-            f"| {name} | {row['median']:.3f} ({row['least']:.3f} to {row['most']:.3f}) | {row['examples']:.2f} "
-            f"| {row['tokens']:.0f} | {row['efficiency']:.2f} | {row['compile']:.1f} | {row['memory']:.0f} |"
-        )
-    return [*lines, "", *comparison(rows), *failures]
-
-
-def comparison(rows: dict[str, dict]) -> list[str]:
-    """Ratios of step time and memory, and the step time over its floor."""
-    lines = []
-    for name in (name for name in rows if VARIANTS[name].trainer == "jaxalign"):
-        ours = rows[name]
-        peers = {peer: row for peer, row in rows.items() if VARIANTS[peer].trainer != "jaxalign"}
-        for dtype in ("float32", "bfloat16"):
-            times = {peer: row["median"] for peer, row in peers.items() if VARIANTS[peer].dtype == dtype}
-            if times:
-                fastest = min(times, key=lambda peer: times[peer])
-                ratio = times[fastest] / ours["median"]
-                lines.append(f"- `{name}` is {ratio:.2f} times as fast as `{fastest}`, the fastest peer in {dtype}.")
-        if peers:
-            shares = (f"{ours['memory'] / row['memory']:.2f} of `{peer}`'s" for peer, row in peers.items())
-            lines.append(f"- `{name}`'s peak memory is {', '.join(shares)}.")
-        if ours["floor"]:
-            lines.append(
-                f"- `{name}`'s floor is {ours['floor']:.3f} s a step, "
-                f"{100 * ours['floor'] / ours['median']:.0f} % of the measured time."
-            )
-    return lines
 
 
 def processor() -> str:
@@ -193,47 +189,49 @@ def processor() -> str:
     return f"{name}, {cores} cores"
 
 
-def page(args: argparse.Namespace, command: str, runs: list[dict]) -> str:
-    """RESULTS.md."""
-    versions = {
-        run["trainer"]: ", ".join(f"{name} {number}" for name, number in run["versions"].items())
-        for run in runs
-        if "failed" not in run
+def begin(args: argparse.Namespace, plan: Task, command: str) -> dict:
+    """What results.json says of one task on one model, before anything has run."""
+    return {
+        "command": command,
+        "machine": f"{processor()}, Python {platform.python_version()}",
+        "date": time.strftime("%Y-%m-%d"),
+        "threads": args.threads,
+        "batch_size": plan.batch_size,
+        "steps": plan.steps,
+        "warmup": plan.warmup,
+        "repeats": plan.repeats,
+        "runs": [],
     }
-    lines = [
-        "# Results",
-        "",
-        f"Command: `{command}`  ",
-        f"Machine: {processor()}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}  ",
-        "Versions: " + "; ".join(versions.values()) + "  ",
-        f"Batches of {args.batch_size} examples (rows for SFT, pairs for DPO); {args.repeats} interleaved repetitions "
-        f"of {args.steps} measured steps after {args.warmup}; {args.threads} threads. README.md says what is measured.",
-    ]
-    for model in args.models:
-        for task in args.tasks:
-            chosen = [run for run in runs if run["model"] == model and run["task"] == task]
-            lines += ["", f"## {task.upper()}, {model}", "", *case_lines(chosen)]
-    return "\n".join(lines) + "\n"
+
+
+def key_of(model: str, task: str, plan: Task) -> str:
+    """Where results.json keeps a case; another batch size than usual makes another case."""
+    return f"{model}/{task}" + (f"/{plan.batch_size}" if plan.batch_size != TASKS[task].batch_size else "")
 
 
 def main(argv: list[str]) -> None:
-    """Runs everything in interleaved order and writes the JSON after each run, the table after each repetition."""
+    """Runs everything in interleaved order and writes the JSON after each run, the page after each repetition.
+
+    A case that has results already gets new ones; those of all others stay.
+    """
     args = parse(argv)
     places = {model: prepare(args, model) for model in args.models}
     command = shlex.join(["python", "benchmarks/run.py", *without_paths(argv)])
-    runs: list[dict] = []
-    for repeat in range(args.repeats):
-        for model in args.models:
-            for task in args.tasks:
-                for name in args.variants:
-                    if task == "dpo" and name in SFT_ONLY:
-                        continue
-                    run = measure(args, name, task, *places[model])
-                    runs.append(run | {"repeat": repeat})
-                    args.results.write_text(json.dumps({"command": command, "runs": runs}, indent=1) + "\n")
-                    state = "failed" if "failed" in run else f"{statistics.median(run['seconds'][args.warmup :]):.3f} s"
-                    print(f"{repeat + 1}/{args.repeats} {model} {task} {name}: {state}", flush=True)
-        args.table.write_text(page(args, command, runs))
+    sections = json.loads(args.results.read_text())["sections"] if args.results.exists() else {}
+    plans = [(model, task, chosen(args, model, task)) for model in args.models for task in args.tasks]
+    fresh = {key_of(*each): begin(args, each[2], command) for each in plans}
+    for repeat in range(max(plan.repeats for *_, plan in plans)):
+        for model, task, plan in plans:
+            key = key_of(model, task, plan)
+            for name in plan.variants if repeat < plan.repeats else ():
+                run = measure(args, name, task, plan, *places[model])
+                sections[key] = fresh[key]
+                sections[key]["runs"].append(run | {"repeat": repeat})
+                args.results.write_text(json.dumps({"sections": sections}, indent=1) + "\n")
+                measured = run.get("seconds", [])[plan.warmup :]
+                state = f"{statistics.median(measured):.3f} s" if measured else "failed"
+                print(f"{repeat + 1}/{plan.repeats} {model} {task} {name}: {state}", flush=True)
+        args.table.write_text(report.page(sections))
 
 
 if __name__ == "__main__":

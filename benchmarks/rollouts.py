@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cases
@@ -76,8 +77,6 @@ def read_bandwidth(size: int, threads: int) -> float:
 
     What fits into a cache is read from there, as a small model's weights are.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
     parts = np.array_split(np.ones(max(size // 4, threads), np.float32), threads)
     seconds = []
     with ThreadPoolExecutor(threads) as pool:

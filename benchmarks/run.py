@@ -54,7 +54,7 @@ VARIANTS = {
     "trl-compile": Variant("trl", "float32", ("--compile",)),
     "trl-bf16": Variant("trl", "bfloat16"),
     "trl-bf16-autocast": Variant("trl", "bfloat16", ("--autocast",), (*OFFLINE, "grpo")),
-    "tunix-remat": Variant("tunix", "float32", ("--remat", "decoder"), (*OFFLINE, "grpo")),
+    "tunix-remat": Variant("tunix", "float32", ("--remat", "decoder"), OFFLINE),
     "tunix-bf16": Variant("tunix", "bfloat16"),
     "jaxalign-bf16": Variant("jaxalign", "bfloat16", ("--micro-batch-size", "2")),
 }
@@ -87,12 +87,10 @@ class Task(NamedTuple):
 TASKS = {
     "sft": Task(".py", ("jaxalign", "trl", "tunix", "trl-bf16"), 8, 5, 2, 3),
     "dpo": Task(".py", ("jaxalign", "trl", "tunix", "trl-bf16"), 8, 5, 2, 3),
-    "sample": Task("_online.py", ("jaxalign", "trl", "trl-static", "tunix"), 16, 3, 1, 2),
+    "sample": Task("_online.py", ("jaxalign", "trl", "tunix"), 16, 3, 1, 2),
     "sample-ragged": Task("_online.py", ("jaxalign", "jaxalign-waves", "trl", "trl-continuous"), 8, 3, 1, 2, 64),
     "grpo": Task("_online.py", ("jaxalign", "trl", "tunix"), 2, 3, 1, 2),
 }
-
-
 # On the larger model a call takes many seconds.
 FEWER = {"steps": {"sample": 2, "sample-ragged": 1, "grpo": 2}, "repeats": {"sample": 1, "sample-ragged": 1, "grpo": 1}}
 

@@ -47,7 +47,8 @@ def write(cache: Cache, rows: TokenRows, new: list, hidden: jax.Array) -> Cache:
     """Scatters the new tokens of all layers into the cache; padding is dropped."""
     layers = [layer for each in new for layer in zip(*map(_apart, each), strict=True)]
     if not cache.positions.shape[1]:
-        keys, values = zip(*layers, strict=True)
+        dtype = cache.k[0].dtype
+        keys, values = zip(*((key.astype(dtype), value.astype(dtype)) for key, value in layers), strict=True)
         return Cache(keys, values, jnp.where(rows.documents > 0, rows.positions, -1))
     slots = jnp.arange(rows.tokens.shape[0])[:, None]
     # Where to write hangs on what was read last: else XLA keeps the old cache beside the new one, a copy per token.

@@ -114,6 +114,8 @@ def confine(spec: Mapping[str, Any], *, in_pid_namespace: bool) -> dict[str, Any
     own_count = uid is not None or (may_unshare and os.geteuid() != 0 and _kernel() >= (5, 14))
     others = 0 if own_count else _processes_of_user()
     active["limits"] = set_limits({**limits, "processes": limits["processes"] + others})
+    if "NPROC" not in active["limits"]:
+        os.nice(19)  # whoever counts the processes must come first, however many there are
     if LINUX:
         _call("prctl", _NO_NEW_PRIVS, 1, 0, 0, 0)
         _succeeds(_drop_capabilities)
@@ -218,7 +220,8 @@ def _private_root(folder: str, readable: Iterable[str], uid: int | None, disk_mb
             _bind(path, folder + path)
         box = f"{folder}/box"
         os.mkdir(box)
-        os.symlink("box", f"{folder}/tmp")
+        if not os.path.exists(f"{folder}/tmp"):  # what is readable may lie there
+            os.symlink("box", f"{folder}/tmp")
         owner = f",uid={uid},gid={uid}" if uid is not None else ""
         _call("mount", "tmpfs", box, "tmpfs", _NOSUID | _NODEV, f"size={disk_mb}m,nr_inodes=4096,mode=700{owner}")
         _set_mount(folder, _RDONLY | _NOSUID | _NODEV, 0)

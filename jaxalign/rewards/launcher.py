@@ -20,7 +20,7 @@ from jaxalign.rewards import isolation
 
 _REPORT = 3  # the descriptor that results are written to
 _POLL = 0.02  # seconds
-_WATCH = 0.1  # seconds between two looks at the processes and their memory
+_WATCH = 0.03  # seconds between two looks at the processes and their memory
 _REPORT_BYTES = 2**20
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 

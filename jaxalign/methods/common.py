@@ -77,6 +77,11 @@ def has_critic(method: ModuleType) -> bool:
     return getattr(method, "CRITIC", False)
 
 
+def in_loss(batch: Batch) -> Array:
+    """Completion numbers of a batch's predictions, -1 for what its `loss_mask` leaves out."""
+    return jnp.where(batch.fields["loss_mask"] > 0, batch.predictions.completions, -1)
+
+
 def masked_mean(x: Array, mask: Array) -> Mean:
     """A metric: the mean of x where the mask is 1."""
     return Mean(jnp.where(mask > 0, x, 0).sum().astype(jnp.float32), mask.sum().astype(jnp.float32))

@@ -157,7 +157,7 @@ def totals(config: Config, batch: Batch) -> Totals:
     """The loss's denominator."""
     counted = losses.count_batch(
         batch.present,
-        _in_loss(batch),
+        common.in_loss(batch),
         max_steps=config.max_completion_length,
         window_tokens=batch.fields["window_tokens"][0],
     )
@@ -176,7 +176,7 @@ def make_loss(config: Config, model: Model) -> LossFn:
         key = None if config.disable_dropout else key
         variables = common.join_variables(params, frozen)
         tokens = common.read(model, variables, batch, key, config.logits_chunk, temperature=config.temperature)
-        completions, n = _in_loss(batch), batch.present.shape[0]
+        completions, n = common.in_loss(batch), batch.present.shape[0]
         fresh = jax.lax.stop_gradient(tokens.logps)
         ratios = level(tokens.logps, batch.fields.get("old_logps", fresh), completions, n)
         terms = policy_loss(ratios, batch.fields["advantages"], tokens.logps)
@@ -260,11 +260,6 @@ def make_batch(config: Config, groups: Sequence[common.Example], **layout: Any) 
     batch = pack(documents, completions=size, share_prompt=config.share_prompt, **layout)
     tokens = np.full(len(batch.present), np.asarray(batch.fields["loss_mask"]).sum(), np.float32)
     return replace(batch, fields={**batch.fields, "window_tokens": tokens})
-
-
-def _in_loss(batch: Batch) -> Array:
-    """Completion numbers, -1 for what the loss leaves out."""
-    return jnp.where(batch.fields["loss_mask"] > 0, batch.predictions.completions, -1)
 
 
 def _weights(config: Config, experience: Experience) -> np.ndarray:

@@ -147,7 +147,7 @@ def batch_fields(config: Config, experience: Experience, micro_batches: int) -> 
 
 def totals(batch: Batch) -> Totals:
     """The losses' denominators: tokens of the global minibatch, and targets of its supervised examples."""
-    counts = {"loss": (_in_loss(batch) >= 0).sum().astype(jnp.float32)}
+    counts = {"loss": (common.in_loss(batch) >= 0).sum().astype(jnp.float32)}
     return {**counts, "ptx": batch.fields["ptx_mask"].sum()} if "ptx_mask" in batch.fields else counts
 
 
@@ -162,7 +162,7 @@ def make_loss(config: Config, models: Models) -> LossFn:
     policy_loss = partial(losses.POLICY_LOSSES["dual" if dual else "clip"], **bounds, **dual)
 
     def loss(params: PyTree, frozen: PyTree, batch: Batch, totals: Totals, key: jax.Array | None):
-        known, completions = batch.fields, _in_loss(batch)
+        known, completions = batch.fields, common.in_loss(batch)
         read = _read(config, models, params, frozen, batch, None if config.disable_dropout else key)
         logps = read.tokens.logps
         old = known.get("old_logps", jax.lax.stop_gradient(logps))
@@ -311,11 +311,6 @@ def _read(
     return _Reading(tokens, values, statistics(chunk=chunk).logps)
 
 
-def _in_loss(batch: Batch) -> Array:
-    """Completion numbers, -1 for what the loss leaves out."""
-    return jnp.where(batch.fields["loss_mask"] > 0, batch.predictions.completions, -1)
-
-
 def _metrics(
     batch: Batch,
     tokens: losses.TokenStatistics,
@@ -324,7 +319,7 @@ def _metrics(
     critic: losses.ValueTerms,
 ) -> dict[str, Any]:
     """TRL's names, over the tokens in the loss; `val/ratio_var` is about 1, the ratio's expectation."""
-    mask = (_in_loss(batch) >= 0).astype(jnp.float32)
+    mask = (common.in_loss(batch) >= 0).astype(jnp.float32)
     ratios = losses.prob_ratios(log_ratios)
     clipped = [each for each in (terms.clipped_low, terms.clipped_high) if each is not None]
     known = {

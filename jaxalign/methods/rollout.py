@@ -52,7 +52,7 @@ def make_draw(
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt)], lengths[row] = prompt, len(prompt)
         drawn = jax.device_get(generate(decoding(variables), padded, lengths, key))
-        samples = _first(drawn, len(prompts) * config.num_generations)
+        samples = sampling.first_samples(drawn, len(prompts) * config.num_generations)
         return samples if decode is None else sampling.truncate_samples(samples, decode, stops)
 
     return draw
@@ -199,11 +199,6 @@ def spread(name: str, values: np.ndarray) -> Metrics:
         name.format("min"): Min(float(values.min())),
         name.format("max"): Max(float(values.max())),
     }
-
-
-def _first(samples: Samples, count: int) -> Samples:
-    names = ("tokens", "lengths", "finish", "sampler_logps", "log_mass")
-    return Samples(**{name: getattr(samples, name)[:count] for name in names}, counters=samples.counters)
 
 
 def _scatter(target: np.ndarray, values: np.ndarray, batch: Batch, layout: Layout, size: int) -> None:

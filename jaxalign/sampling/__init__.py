@@ -3,12 +3,13 @@
 from jaxalign.sampling.choose import Config
 from jaxalign.sampling.decoding import make_decoding
 from jaxalign.sampling.generate import make_generate
-from jaxalign.sampling.prompts import bucket_width, sample_prompts
+from jaxalign.sampling.prompts import bucket_width, first_samples, sample_prompts
 from jaxalign.sampling.text import truncate_at, truncate_samples, truncate_tokens
 
 __all__ = [
     "Config",
     "bucket_width",
+    "first_samples",
     "make_decoding",
     "make_generate",
     "sample_prompts",

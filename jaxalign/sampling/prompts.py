@@ -54,6 +54,10 @@ def sample_prompts(
     for row, prompt in zip(padded, prompts, strict=False):
         row[: len(prompt)] = prompt
     drawn = jax.device_get(generate(variables, padded, lengths, key))
-    real = len(prompts) * num_generations
-    cut = {name: getattr(drawn, name)[:real] for name in ("tokens", "lengths", "finish", "sampler_logps", "log_mass")}
-    return Samples(**cut, counters=drawn.counters)
+    return first_samples(drawn, len(prompts) * num_generations)
+
+
+def first_samples(samples: Samples, count: int) -> Samples:
+    """The first completions alone: those of prompts that were only there to fill a shape go."""
+    names = ("tokens", "lengths", "finish", "sampler_logps", "log_mass")
+    return Samples(**{name: getattr(samples, name)[:count] for name in names}, counters=samples.counters)

@@ -69,6 +69,7 @@ $(PARITY_VENV)/.installed: pyproject.toml constraints.txt | $(PARITY_VENV)/bin/p
 	@echo "Installing (some minutes where nothing has been downloaded yet)"
 	$(@D)/bin/python -m pip install --quiet $(TORCH)
 	$(@D)/bin/python -m pip install --quiet $(TRL)
+	$(@D)/bin/python -m pip install --quiet --no-deps --target $(@D)/trl-1.12.0 $(TRL_PPO)
 	@touch $@
 
 # The JAX that Tunix is measured with (0.12) needs Python 3.12.

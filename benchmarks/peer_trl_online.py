@@ -17,13 +17,12 @@ import cases
 import peer_trl
 import rollouts
 import torch
+import words
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CompileConfig,
     ContinuousBatchingConfig,
     GenerationConfig,
-    PreTrainedTokenizerFast,
     PrinterCallback,
 )
 from trl import GRPOConfig, GRPOTrainer
@@ -137,20 +136,6 @@ class TimedGRPOTrainer(GRPOTrainer):
         return completions, logps
 
 
-def tokenizer_for(args) -> PreTrainedTokenizerFast:
-    """Words as in `rollouts.to_text`, so that every prompt has the tokens that it has elsewhere."""
-    config = rollouts.describe(args.model)
-    inner = Tokenizer(models.WordLevel({f"<{index}>": index for index in range(config["vocab_size"])}, unk_token="<0>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        unk_token="<0>",
-        eos_token=f"<{config['eos_token_id']}>",
-        pad_token=f"<{rollouts.pad_id(args.model)}>",
-        padding_side="left",
-    )
-
-
 def share_of_even(prompts, completions, completion_ids, **columns) -> list[float]:
     """The reward."""
     return rollouts.share_of_even(completion_ids)
@@ -179,7 +164,7 @@ def train(args) -> None:
             share_of_even,
             config,
             train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer_for(args),
+            processing_class=words.tokenizer_for(args),
             callbacks=[clock],
         )
         trainer.remove_callback(PrinterCallback)

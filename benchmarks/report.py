@@ -94,6 +94,7 @@ KINDS = {
     "sample": Kind("Sampling", "call", "completions at the same time", sampled, SAMPLED),
     "sample-ragged": Kind("Sampling, ragged lengths", "call", "completions at the same time", sampled, SAMPLED),
     "grpo": Kind("GRPO", "step", "prompts a step", iterated, ITERATED),
+    "ppo": Kind("PPO", "iteration", "prompts a rollout", iterated, ITERATED),
 }
 
 

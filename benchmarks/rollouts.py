@@ -17,11 +17,12 @@ import numpy as np
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """The command line that every library's script shares; `--batch-size` are the prompts of a GRPO step."""
-    parser = cases.arguments(description, ("sample", "sample-ragged", "grpo"))
+    """The command line that every library's script shares; `--batch-size` are the prompts of a step."""
+    parser = cases.arguments(description, ("sample", "sample-ragged", "grpo", "ppo"))
     parser.add_argument("--prompts", type=int, default=16, help="sampling: prompts per call")
     parser.add_argument("--new-tokens", type=int, default=64, help="longest completion")
     parser.add_argument("--generations", type=int, default=8, help="grpo: completions per prompt")
+    parser.add_argument("--epochs", type=int, default=4, help="ppo: passes over a rollout")
     parser.add_argument("--ending-share", type=float, default=0.04, help="sample-ragged: share of tokens that end")
     return parser
 

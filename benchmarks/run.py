@@ -58,6 +58,7 @@ VARIANTS = {
     "tunix-bf16": Variant("tunix", "bfloat16"),
     "jaxalign-bf16": Variant("jaxalign", "bfloat16", ("--micro-batch-size", "2")),
 }
+OLDER_TRL = "trl-1.12.0"
 SCRIPTS = {"jaxalign": "ours", "trl": "peer_trl", "tunix": "peer_tunix"}
 PATHS = {"--python-jaxalign", "--python-trl", "--python-tunix", "--gguf", "--work", "--results", "--table"}
 
@@ -90,9 +91,14 @@ TASKS = {
     "sample": Task("_online.py", ("jaxalign", "trl", "tunix"), 16, 3, 1, 2),
     "sample-ragged": Task("_online.py", ("jaxalign", "jaxalign-waves", "trl", "trl-continuous"), 8, 3, 1, 2, 64),
     "grpo": Task("_online.py", ("jaxalign", "trl", "tunix"), 2, 3, 1, 2),
+    "ppo": Task("_ppo.py", ("jaxalign", "trl"), 16, 3, 1, 2),
 }
 # On the larger model a call takes many seconds.
-FEWER = {"steps": {"sample": 2, "sample-ragged": 1, "grpo": 2}, "repeats": {"sample": 1, "sample-ragged": 1, "grpo": 1}}
+FEWER = {
+    "steps": {"sft": 3, "dpo": 3, "sample": 2, "sample-ragged": 1, "grpo": 2, "ppo": 1},
+    "warmup": {"sft": 1, "dpo": 1},
+    "repeats": dict.fromkeys(("sft", "dpo", "sample", "sample-ragged", "grpo", "ppo"), 1),
+}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -168,8 +174,12 @@ def measure(args: argparse.Namespace, name: str, task: str, plan: Task, folder: 
     command += ["--model", folder, "--data", rows, "--steps", plan.steps, "--warmup", plan.warmup]
     command += ["--batch-size", plan.batch_size, "--dtype", variant.dtype, "--threads", args.threads, *variant.flags]
     command += ["--prompts", plan.prompts or plan.batch_size] if task in SAMPLING else []
+    environment = ENVIRONMENT
+    if task == "ppo" and variant.trainer == "trl":
+        # The last release with PPO lies in a folder of its own, beside the one that all else is measured with.
+        environment = ENVIRONMENT | {"PYTHONPATH": str(interpreter(args, "trl").parents[1] / OLDER_TRL)}
     started = time.perf_counter()
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=HERE, env=ENVIRONMENT)
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=HERE, env=environment)
     record = {"variant": name, "task": task, "model": folder.name, "process_seconds": time.perf_counter() - started}
     if done.returncode:
         return record | {"trainer": variant.trainer, "failed": (done.stderr or done.stdout).strip().splitlines()[-3:]}

@@ -12,9 +12,13 @@ from jaxalign.types import Array, Samples, Variables
 
 
 def bucket_width(n: int, smallest: int = 16) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, ... that is at least n: shapes padded to it are few."""
-    power = 1 << max(n - 1, 0).bit_length()
-    return max(smallest, 3 * power // 4 if 3 * power // 4 >= n else power)
+    """n rounded up to a multiple of an eighth of the next power of two, or of `smallest` if that is more.
+
+    Shapes padded to it are four per octave, and at most a fifth of one is padding: every decoded token attends to the
+    padding too.
+    """
+    step = max(smallest, (1 << max(n - 1, 0).bit_length()) // 8)
+    return max(1, -(-n // step)) * step
 
 
 def sample_prompts(

@@ -189,15 +189,29 @@ def test_a_reward_that_raises_loses_nothing(online, functions, tmp_path, monkeyp
     assert weights(folder) == weights(whole.folder)
 
 
+# A rollout serves 4 updates, and a save comes every 3 steps: all saves but each fourth lie within a buffer.
+BUFFERS = {
+    "grpo": {"num_generations": 3, "num_iterations": 4, "beta": 0.05},
+    # Saves lie between epochs and within them; the coefficient and the scores' moments move with every rollout.
+    "ppo": {
+        "num_ppo_epochs": 2,
+        "num_mini_batches": 2,
+        "kl_target": 0.5,
+        "kl_horizon": 100,
+        "normalize_scores": "running",
+    },
+}
+
+
 @pytest.mark.slow
-def test_killed_in_the_middle_of_a_rollout_buffer(online, write_config, cli):
-    """A buffer serves 4 iterations and a save comes every 3 steps: all saves but each fourth lie within one."""
-    online["method"] |= {"num_iterations": 4, "steps_per_generation": 1}
-    online["train"] |= {"max_steps": 60, "eval_steps": 20}
+@pytest.mark.parametrize("method", BUFFERS)
+def test_killed_in_the_middle_of_a_rollout_buffer(method, online, write_config, cli):
+    online["method"] = {"name": method, "max_completion_length": 8, **BUFFERS[method]}
+    online["train"] |= {"max_steps": 40, "eval_steps": 20}
     online["log"] |= {"sample_steps": 5}
     config, runs = write_config(online), Path(online["runs_dir"])
     finish(cli("run", config, "name=whole"))
-    folder, chance, kills = runs / "killed", random.Random(7), 0
+    folder, chance, kills = runs / "killed", random.Random(method), 0
     for attempt in range(3):
         process = cli("run", config, "name=killed")
         seen = logged(folder)
@@ -211,6 +225,8 @@ def test_killed_in_the_middle_of_a_rollout_buffer(online, write_config, cli):
         kills += got_there and process.returncode == -signal.SIGKILL
     assert kills == 3, "the run ended before it could be killed"
     assert "continuing after step" in finish(cli("run", config, "name=killed"))
+    if method == "ppo":
+        assert len({line["objective/kl_coef"] for line in lines(folder) if "objective/kl_coef" in line}) > 5
     assert lines(folder) == lines(runs / "whole")
     assert (folder / "samples.jsonl").read_bytes() == (runs / "whole" / "samples.jsonl").read_bytes()
     assert weights(folder) == weights(runs / "whole")

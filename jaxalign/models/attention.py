@@ -88,7 +88,7 @@ def attend(
     return mixed.transpose(0, 3, 1, 2, 4).reshape(query.shape)
 
 
-def cap(values: Array, softcap: float | None) -> jax.Array:
+def cap(values: jax.Array, softcap: float | None) -> jax.Array:
     """`softcap * tanh(values / softcap)`, or the values themselves where there is none."""
     return values if softcap is None else softcap * jnp.tanh(values / softcap)
 
@@ -112,12 +112,6 @@ def _attend_many(
     parts = jnp.split(probs.astype(query.dtype), ends[:-1], axis=-1)
     mixed = [jnp.einsum("rhqk,rhkd->rhqd", part, each.value) for part, each in zip(parts, keys, strict=True)]
     return functools.reduce(jnp.add, mixed)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend_once(query: Array, key: Array, value: Array, mask: Array, softcap: float | None) -> jax.Array:
-    """Attention to one set of keys; the backward pass computes the probabilities again instead of keeping them."""
-    return _attend_forward(query, key, value, mask, softcap)[0]
 
 
 def _attend_forward(query: Array, key: Array, value: Array, mask: Array, softcap: float | None):
@@ -158,4 +152,10 @@ def _mask_by_key(scores: Array, mask: Array) -> jax.Array:
     return jnp.where(mask.swapaxes(1, 2)[:, None, :, None], scores.reshape(shape), MASKED).reshape(scores.shape)
 
 
+def _attend_to_one(query: Array, key: Array, value: Array, mask: Array, softcap: float | None) -> jax.Array:
+    """Attention to one set of keys; the backward pass computes the probabilities again instead of keeping them."""
+    return _attend_forward(query, key, value, mask, softcap)[0]
+
+
+_attend_once = jax.custom_vjp(_attend_to_one, nondiff_argnums=(4,))
 _attend_once.defvjp(_attend_forward, _attend_backward)

@@ -142,7 +142,7 @@ class ModelConfig:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if self.rope and self.ropes:
             raise ValueError("rope is every layer's, ropes is each layer's: give one of them")
-        for rope in set(self.layer_ropes) - {None}:
+        for rope in filter(None, dict.fromkeys(self.layer_ropes)):
             _check_rope(rope, self.head_dim)
         if len(self.windows) != self.num_layers:
             raise ValueError(f"windows has {len(self.windows)} entries for num_layers={self.num_layers}")

@@ -170,6 +170,11 @@ FAMILIES: dict[str, Family] = {
         defaults={**LLAMA_DEFAULTS, "qkv_bias": False, "mlp_bias": False},
         fixed={"rope": read_rope(10000.0), "output_bias": lambda hf: bool(hf.get("attention_bias"))},
         names=LLAMA_NAMES,
+        checkpoints=(
+            "meta-llama/Llama-3.2-1B-Instruct",
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "tiiuae/Falcon3-1B-Instruct",
+        ),
     ),
     "mistral": Family(
         architecture="MistralForCausalLM",
@@ -180,6 +185,8 @@ FAMILIES: dict[str, Family] = {
         windows=all_windowed(None),
         write=lambda config: {"sliding_window": config.windows[0]},
         names=LLAMA_NAMES,
+        checkpoints=("mistralai/Mistral-7B-Instruct-v0.3",),
+        features="windows",
     ),
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
@@ -194,6 +201,8 @@ FAMILIES: dict[str, Family] = {
         windows=late_windowed,
         write=write_late_windows,
         names=LLAMA_NAMES,
+        checkpoints=("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-7B-Instruct"),
+        features="biases of query, key and value; windows in late layers",
     ),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
@@ -208,6 +217,8 @@ FAMILIES: dict[str, Family] = {
         windows=late_windowed,
         write=write_late_windows,
         names=LLAMA_NAMES,
+        checkpoints=("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B"),
+        features="QK norm, windows in late layers",
     ),
     "gpt2": Family(
         architecture="GPT2LMHeadModel",

@@ -341,4 +341,6 @@ def _kinds(config: ModelConfig) -> tuple[list[int | None], list[Rope | None]]:
 
 
 def _angles(rows: TokenRows, rope: Rope | None, head_dim: int) -> jax.Array | None:
-    return rows.positions[..., None] * rope_frequencies(rope, head_dim).reshape(1, 1, -1) if rope else None
+    if rope is None:
+        return None
+    return jnp.asarray(rows.positions)[..., None] * rope_frequencies(rope, head_dim).reshape(1, 1, -1)

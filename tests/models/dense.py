@@ -12,6 +12,7 @@ _BASE = {
     "initializer_range": 0.2,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "pad_token_id": 0,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
 }
 _RMS = _BASE | {"num_key_value_heads": 2, "rms_norm_eps": 3e-2}
@@ -114,7 +115,7 @@ DENSE: dict[str, dict] = {
         "num_key_value_heads": 2,
         "sliding_window_pattern": 2,
         "sliding_window": 16,
-        "logit_scale": 0.6,
+        "logit_scale": 1.4,
         "tie_word_embeddings": True,
     },
     "stablelm": _LAYER

@@ -53,7 +53,13 @@ def _in_window(query: Array, key: Array, window: int | None) -> Array:
 
 
 def attend(
-    query: Array, keys: tuple[Keys, ...], *, scale: float, dropout: float = 0.0, dropout_key: jax.Array | None = None
+    query: Array,
+    keys: tuple[Keys, ...],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention over one or several sets of keys at once.
 
@@ -61,6 +67,7 @@ def attend(
       query: `[rows, queries, heads, head_dim]`; `heads` is a multiple of the keys' `kv_heads`.
       keys: sets that are attended to together, for example a cache and the new tokens.
       scale: multiplies the scores.
+      softcap: scores s become `softcap * tanh(s / softcap)`. Source: Gemma 2, arXiv 2408.00118, section 2.
       dropout: rate on the probabilities.
       dropout_key: needed when `dropout` is not 0.
 
@@ -74,23 +81,30 @@ def attend(
     grouped = (query * scale).reshape(rows, queries, kv_heads, heads // kv_heads, head_dim)
     grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads, -1, head_dim)
     if len(keys) == 1 and not dropout:
-        mixed = _attend_once(grouped, *keys[0])
+        mixed = _attend_once(grouped, *keys[0], softcap)
     else:
-        mixed = _attend_many(grouped, keys, dropout, dropout_key)
+        mixed = _attend_many(grouped, keys, softcap, dropout, dropout_key)
     mixed = mixed.reshape(rows, kv_heads, heads // kv_heads, queries, head_dim)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(query.shape)
 
 
-def _scores(query: Array, key: Array, mask: Array) -> jax.Array:
+def cap(values: jax.Array, softcap: float | None) -> jax.Array:
+    """`softcap * tanh(values / softcap)`, or the values themselves where there is none."""
+    return values if softcap is None else softcap * jnp.tanh(values / softcap)
+
+
+def _scores(query: Array, key: Array, mask: Array, softcap: float | None) -> jax.Array:
     """Masked `query @ key^T`, `[rows, kv_heads, groups * queries, keys]`; query and key end with their head_dim."""
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.einsum("rhqd,rhkd->rhqk", query, key, preferred_element_type=wide)
+    scores = cap(jnp.einsum("rhqd,rhkd->rhqk", query, key, preferred_element_type=wide), softcap)
     shape = (*scores.shape[:2], -1, *mask.shape[1:])
     return jnp.where(mask[:, None, None], scores.reshape(shape), MASKED).reshape(scores.shape)
 
 
-def _attend_many(query: Array, keys: tuple[Keys, ...], dropout: float, dropout_key: jax.Array | None) -> jax.Array:
-    scores = jnp.concatenate([_scores(query, each.key, each.mask) for each in keys], axis=-1)
+def _attend_many(
+    query: Array, keys: tuple[Keys, ...], softcap: float | None, dropout: float, dropout_key: jax.Array | None
+) -> jax.Array:
+    scores = jnp.concatenate([_scores(query, each.key, each.mask, softcap) for each in keys], axis=-1)
     probs = jax.nn.softmax(scores, axis=-1)
     if dropout and dropout_key is not None:
         probs = probs * jax.random.bernoulli(dropout_key, 1 - dropout, probs.shape) / (1 - dropout)
@@ -100,14 +114,8 @@ def _attend_many(query: Array, keys: tuple[Keys, ...], dropout: float, dropout_k
     return functools.reduce(jnp.add, mixed)
 
 
-@jax.custom_vjp
-def _attend_once(query: Array, key: Array, value: Array, mask: Array) -> jax.Array:
-    """Attention to one set of keys; the backward pass computes the probabilities again instead of keeping them."""
-    return _attend_forward(query, key, value, mask)[0]
-
-
-def _attend_forward(query: Array, key: Array, value: Array, mask: Array):
-    scores = _scores(query, key, mask)
+def _attend_forward(query: Array, key: Array, value: Array, mask: Array, softcap: float | None):
+    scores = _scores(query, key, mask, softcap)
     most = scores.max(-1, keepdims=True)
     exps = jnp.exp(scores - most)
     total = exps.sum(-1, keepdims=True)
@@ -116,26 +124,38 @@ def _attend_forward(query: Array, key: Array, value: Array, mask: Array):
     return mixed, (query, key, value, mask, mixed, (most + jnp.log(total))[..., 0])
 
 
-def _attend_backward(saved, grad):
+def _attend_backward(softcap, saved, grad):
     # Everything is computed keys before queries, so that no product needs a transposed copy of a [queries, keys] array.
     query, key, value, mask, mixed, log_total = saved
-    scores = _scores_by_key(query, key, mask)
-    probs = jnp.exp(scores - log_total[:, :, None])
+    scores = cap(_scores_by_key(query, key), softcap)
+    probs = jnp.exp(_mask_by_key(scores, mask) - log_total[:, :, None])
     inner = jnp.einsum("rhqd,rhqd->rhq", grad, mixed, preferred_element_type=scores.dtype)
     grad_probs = jnp.einsum("rhkd,rhqd->rhkq", value, grad, preferred_element_type=scores.dtype)
-    grad_scores = (probs * (grad_probs - inner[:, :, None])).astype(query.dtype)
+    grad_scores = probs * (grad_probs - inner[:, :, None])
+    if softcap is not None:
+        grad_scores *= 1 - jnp.square(scores / softcap)
+    grad_scores = grad_scores.astype(query.dtype)
     grad_value = jnp.einsum("rhkq,rhqd->rhkd", probs.astype(query.dtype), grad)
     grad_key = jnp.einsum("rhkq,rhqd->rhkd", grad_scores, query)
     grad_query = jnp.einsum("rhkd,rhkq->rhdq", key, grad_scores).swapaxes(2, 3)
     return grad_query, grad_key, grad_value, None
 
 
-def _scores_by_key(query: Array, key: Array, mask: Array) -> jax.Array:
-    """The transposed `_scores`, `[rows, kv_heads, keys, groups * queries]`."""
+def _scores_by_key(query: Array, key: Array) -> jax.Array:
+    """The transposed `_scores`, `[rows, kv_heads, keys, groups * queries]`, without mask and cap."""
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.einsum("rhkd,rhqd->rhkq", key, query, preferred_element_type=wide)
+    return jnp.einsum("rhkd,rhqd->rhkq", key, query, preferred_element_type=wide)
+
+
+def _mask_by_key(scores: Array, mask: Array) -> jax.Array:
     shape = (*scores.shape[:3], -1, mask.shape[1])
     return jnp.where(mask.swapaxes(1, 2)[:, None, :, None], scores.reshape(shape), MASKED).reshape(scores.shape)
 
 
+def _attend_to_one(query: Array, key: Array, value: Array, mask: Array, softcap: float | None) -> jax.Array:
+    """Attention to one set of keys; the backward pass computes the probabilities again instead of keeping them."""
+    return _attend_forward(query, key, value, mask, softcap)[0]
+
+
+_attend_once = jax.custom_vjp(_attend_to_one, nondiff_argnums=(4,))
 _attend_once.defvjp(_attend_forward, _attend_backward)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -14,19 +14,34 @@ class Rope:
 
     Attributes:
       theta: base of the frequencies.
-      kind: `default`, `linear` (positions divided by `factor`) or `llama3` (Llama 3.1's per-frequency scaling).
+      kind: `default`, `linear` (positions divided by `factor`), `llama3` (Llama 3.1's per-frequency scaling) or
+        `longrope` (each frequency divided by a factor of its own).
       factor: how much longer the context became.
       low_freq_factor: `llama3`: wavelengths above `original_max_position / low_freq_factor` are divided by `factor`.
       high_freq_factor: `llama3`: wavelengths below `original_max_position / high_freq_factor` stay; between, a blend.
       original_max_position: context length in tokens before scaling.
+      partial: how much of each head is rotated, its first dimensions.
+      interleaved: dimension 2i is rotated with 2i + 1, instead of i with i + half of them.
+      short_factors: `longrope`: divisors of the frequencies up to `original_max_position`, one per rotated pair.
+      long_factors: `longrope`: the same beyond it.
+      long: `longrope`: the long factors are used, for every document however short; see `extend_context`.
+      max_position: `longrope`: context length in tokens with the long factors.
+      attention_factor: `longrope`: multiplies what is rotated.
     """
 
     theta: float = 10000.0
-    kind: Literal["default", "linear", "llama3"] = "default"
+    kind: Literal["default", "linear", "llama3", "longrope"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    partial: float = 1.0
+    interleaved: bool = False
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    long: bool = False
+    max_position: int = 8192
+    attention_factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -43,17 +58,30 @@ class ModelConfig:
       head_dim: width of one head; even when `rope` is used.
       mlp_dim: width of the feed-forward layer.
       max_position: longest context in tokens; the table's length under `learned_positions`.
-      norm: `rms` or `layer` (mean subtracted, with bias).
+      norm: `rms` or `layer` (mean subtracted).
       norm_eps: added to the variance.
+      norm_bias: `layer` norms have a bias.
+      norm_plus_one: norms multiply by `1 + scale` instead of `scale`.
+      norm_place: norms stand before each block's attention and MLP (`pre`), on what these give (`post`), or `both`.
+      parallel_residual: attention and MLP both read the block's input, instead of one after the other.
+      shared_norm: under `parallel_residual`, both read it through the same norm.
       activation: `silu`, `gelu` (exact) or `gelu_tanh`.
       gated_mlp: `down(act(gate x) * up x)` instead of `down(act(up x))`.
-      rope: rotary embedding, or None.
+      rope: rotary embedding of every layer, or None.
+      ropes: per layer instead of `rope`, its rotary embedding or None; empty: `rope` says it.
       learned_positions: a table of positions is added to the token embedding.
       windows: per layer, how many of the latest positions a query sees (itself included), or None for all.
-      qk_norm: RMS norm over each head of query and key, before the rotary embedding.
+      qk_norm: RMS norm of query and key, before the rotary embedding.
+      qk_norm_over: it runs over each `head`, or over all heads of a `projection` at once.
       qkv_bias: bias of the query, key and value projections.
       output_bias: bias of the attention's output projection.
       mlp_bias: bias of the feed-forward projections.
+      attention_scale: multiplies the attention scores; None: `head_dim ** -0.5`.
+      attention_softcap: attention scores s become `cap * tanh(s / cap)`, or None.
+      logit_softcap: the same for logits.
+      embedding_multiplier: multiplies the token embeddings.
+      residual_multiplier: multiplies what attention and MLP add to the residual stream.
+      logit_multiplier: multiplies the logits.
       tie_embeddings: the head is the transposed embedding table.
       lm_head: there is an LM head, of its own or tied; a reward or value model has none.
       score_head: there is a linear head with one output, `Model.scores`.
@@ -76,15 +104,28 @@ class ModelConfig:
     max_position: int
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
+    norm_bias: bool = True
+    norm_plus_one: bool = False
+    norm_place: Literal["pre", "post", "both"] = "pre"
+    parallel_residual: bool = False
+    shared_norm: bool = False
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     gated_mlp: bool = True
     rope: Rope | None = None
+    ropes: tuple[Rope | None, ...] = ()
     learned_positions: bool = False
     windows: tuple[int | None, ...] = ()
     qk_norm: bool = False
+    qk_norm_over: Literal["head", "projection"] = "head"
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
     tie_embeddings: bool = False
     lm_head: bool = True
     score_head: bool = False
@@ -99,36 +140,69 @@ class ModelConfig:
         """Raises ValueError on sizes that cannot be built."""
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
-        if self.rope and self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even for a rotary embedding")
+        if self.rope and self.ropes:
+            raise ValueError("rope is every layer's, ropes is each layer's: give one of them")
+        for rope in filter(None, dict.fromkeys(self.layer_ropes)):
+            _check_rope(rope, self.head_dim)
         if len(self.windows) != self.num_layers:
             raise ValueError(f"windows has {len(self.windows)} entries for num_layers={self.num_layers}")
+        if len(self.layer_ropes) != self.num_layers:
+            raise ValueError(f"ropes has {len(self.ropes)} entries for num_layers={self.num_layers}")
+        if self.shared_norm and (self.norm_place != "pre" or not self.parallel_residual):
+            raise ValueError("shared_norm needs parallel_residual and norm_place='pre'")
         if not self.lm_head and not self.score_head:
             raise ValueError("a model has an LM head, a score head or both: lm_head and score_head are off")
+
+    @property
+    def layer_ropes(self) -> tuple[Rope | None, ...]:
+        """The rotary embedding of each layer."""
+        return self.ropes or (self.rope,) * self.num_layers
+
+
+def _check_rope(rope: Rope, head_dim: int) -> None:
+    size = rotary_dim(rope, head_dim)
+    if size % 2 or not 0 < size <= head_dim:
+        raise ValueError(f"head_dim={head_dim}: the part that a rotary embedding turns, {size}, must be even")
+    factors = {len(rope.short_factors), len(rope.long_factors)}
+    if rope.kind == "longrope" and factors != {size // 2}:
+        raise ValueError(f"longrope needs a short and a long factor for each of {size // 2} pairs; it has {factors}")
+
+
+def rotary_dim(rope: Rope, head_dim: int) -> int:
+    """How many dimensions of a head are rotated."""
+    return int(head_dim * rope.partial)
+
+
+class Layer(NamedTuple):
+    """What tells one layer's block from another's."""
+
+    window: int | None
+    rope: Rope | None
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A static pattern of blocks (their windows), scanned `repeats` times, from layer `start` on."""
+    """A static pattern of blocks, scanned `repeats` times, from layer `start` on."""
 
     start: int
-    windows: tuple[int | None, ...]
+    layers: tuple[Layer, ...]
     repeats: int
 
 
 def segments(config: ModelConfig, longest: int = 8) -> tuple[Segment, ...]:
     """Folds the layers into repeated patterns: the one that covers most layers first, the shortest on a tie."""
-    found, start, windows = [], 0, config.windows
-    while start < len(windows):
-        best = Segment(start, windows[start : start + 1], 1)
-        for period in range(1, min(longest, len(windows) - start) + 1):
-            pattern, repeats = windows[start : start + period], 1
-            while windows[start + repeats * period : start + (repeats + 1) * period] == pattern:
+    layers = tuple(map(Layer, config.windows, config.layer_ropes))
+    found, start = [], 0
+    while start < len(layers):
+        best = Segment(start, layers[start : start + 1], 1)
+        for period in range(1, min(longest, len(layers) - start) + 1):
+            pattern, repeats = layers[start : start + period], 1
+            while layers[start + repeats * period : start + (repeats + 1) * period] == pattern:
                 repeats += 1
-            if repeats > 1 and repeats * period > len(best.windows) * best.repeats:
+            if repeats > 1 and repeats * period > len(best.layers) * best.repeats:
                 best = Segment(start, pattern, repeats)
         found.append(best)
-        start += len(best.windows) * best.repeats
+        start += len(best.layers) * best.repeats
     return tuple(found)
 
 
@@ -136,9 +210,27 @@ def locate(config: ModelConfig, layer: int) -> tuple[int, int, int]:
     """Where a layer's parameters lie: (segment, repeat, place in the pattern)."""
     for index, segment in enumerate(segments(config)):
         offset = layer - segment.start
-        if offset < segment.repeats * len(segment.windows):
-            return index, offset // len(segment.windows), offset % len(segment.windows)
+        if offset < segment.repeats * len(segment.layers):
+            return index, offset // len(segment.layers), offset % len(segment.layers)
     raise ValueError(f"layer {layer} of a model with {config.num_layers} layers")
+
+
+def extend_context(config: ModelConfig) -> ModelConfig:
+    """The config with every `longrope` at its long factors, and the context that they were made for.
+
+    Which factors count is the model's choice and not a document's: a token's logits then never depend on how long its
+    document becomes, and what was drawn token by token is read again with the same numbers.
+
+    Raises:
+      ValueError: there is no longrope.
+    """
+    found = {rope for rope in config.layer_ropes if rope is not None and rope.kind == "longrope"}
+    if not found:
+        raise ValueError(f"a {config.family} model without longrope has one context only, of {config.max_position}")
+    longer = {rope: replace(rope, long=True) for rope in found}
+    rope = longer.get(config.rope, config.rope) if config.rope else None
+    ropes = tuple(longer.get(each, each) if each else None for each in config.ropes)
+    return replace(config, rope=rope, ropes=ropes, max_position=max(each.max_position for each in found))
 
 
 def count_params(config: ModelConfig, *, embeddings: bool = True) -> int:
@@ -150,13 +242,20 @@ def count_params(config: ModelConfig, *, embeddings: bool = True) -> int:
     return blocks + (tables + config.score_head * config.embed_dim if embeddings else 0)
 
 
+def mean_attended(config: ModelConfig, length: float) -> float:
+    """Keys that a token of a document of `length` tokens attends to, mean over its tokens and the layers' windows."""
+    # Half the document; under a window w < n all but the first w tokens see w: (w n - w^2 / 2) / n.
+    seen = (length / 2 if not w or w >= length else w - w * w / (2 * length) for w in config.windows)
+    return sum(seen) / config.num_layers
+
+
 def forward_flops(config: ModelConfig, tokens: int, attended: int, predictions: int) -> int:
     """FLOPs of one forward pass, two per multiply-add; matrix products only.
 
     Args:
       config: the model.
       tokens: tokens that run through the blocks.
-      attended: sum over these tokens of the keys that each attends to.
+      attended: sum over these tokens of the keys that each attends to (a mean over layers, see `mean_attended`).
       predictions: tokens on which the heads run.
     """
     scores = 4 * config.num_layers * config.num_heads * config.head_dim * attended

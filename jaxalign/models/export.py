@@ -18,7 +18,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxalign.models.config import ModelConfig
-from jaxalign.models.families import Tensor, tensors, to_hf
+from jaxalign.models.families import tensors, to_hf
+from jaxalign.models.family import Tensor
 from jaxalign.models.identity import with_padding
 from jaxalign.models.tensors import file_shape, join
 from jaxalign.models.transformer import Model

@@ -19,8 +19,8 @@ from gguf.quants import dequantize
 
 from jaxalign.models.config import Rope
 from jaxalign.models.families import FAMILIES
+from jaxalign.models.rope import rope_frequencies
 from jaxalign.models.tensors import Index
-from jaxalign.models.transformer import rope_frequencies
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 # The architectures, by llama.cpp's name; mistral's files say llama.

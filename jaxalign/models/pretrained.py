@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxalign.models.config import DType, ModelConfig
-from jaxalign.models.families import FAMILIES, Tensor, from_hf, tensors
+from jaxalign.models.families import from_hf, stored_name, tensors
+from jaxalign.models.family import Tensor
 from jaxalign.models.gguf import open_gguf
 from jaxalign.models.gguf_tokenizer import rebuild_tokenizer
 from jaxalign.models.tensors import Index, Source, file_shape, read
@@ -33,7 +34,7 @@ CONFIG_FILES = ["*.json"]
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 ALL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 # Tensors that some checkpoints carry and no model needs: tables that are computed, and causal masks.
-IGNORED = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(bias|masked_bias))$")
+IGNORED = re.compile(r"(rotary_emb\.inv_freq|\.(attn|attention)\.(bias|masked_bias))$")
 
 
 def load(
@@ -184,7 +185,9 @@ def _open_folder(path: Path) -> Folder:
         try:
             with safe_open(path / file, "np") as content:
                 for name in content.keys():  # noqa: SIM118 (it is no mapping)
-                    known = _with_prefix(name, config.get("model_type"))
+                    known = stored_name(name, config.get("model_type"))
+                    if known is None:
+                        continue
                     stored[known], files[known] = name, file
                     shapes[known] = tuple(content.get_slice(name).get_shape())
         except SafetensorError as error:
@@ -206,14 +209,6 @@ def _list_files(path: Path) -> tuple[Path, list[str]]:
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path / name} is missing; {index.name} names it")
     return index, names
-
-
-def _with_prefix(name: str, family: str | None) -> str:
-    """A base model's tensors lack the prefix (`model.`, `transformer.`) under which the language model holds them."""
-    if family not in FAMILIES:
-        return name
-    prefix = FAMILIES[family].names["embed/embedding"][0].split(".")[0] + "."
-    return name if name.startswith((prefix, "lm_head.", "score.")) else prefix + name
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxalign.models.families import Tensor
+from jaxalign.models.family import Part, Tensor
 
 Index = tuple[slice, ...]
 
@@ -38,11 +38,9 @@ class Source(Protocol):
 def file_shape(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
     """Shape in the checkpoint of the tensor behind a leaf of `shape` (one repeat of it)."""
     sizes = [math.prod(group) for group in _groups(tensor.path, shape)]
-    if tensor.layout == "linear":
-        sizes.reverse()
     if tensor.part:
-        sizes[-1] *= tensor.part[1]
-    return tuple(sizes)
+        sizes[-1] = sizes[-1] // tensor.part.sizes[tensor.part.index] * sum(tensor.part.sizes)
+    return tuple(reversed(sizes) if tensor.layout == "linear" else sizes)
 
 
 def read(source: Source, tensor: Tensor, shape: Sequence[int], index: Index) -> np.ndarray:
@@ -63,24 +61,39 @@ def read(source: Source, tensor: Tensor, shape: Sequence[int], index: Index) -> 
         ranges.append(slice(start * step, stop * step))
         inner += [slice(None), *index[axis + 1 : axis + len(group)]]
         axis += len(group)
+    part = tensor.part
+    if part:
+        ranges[-1] = _part_range(part, groups[-1], ranges[-1])
     if tensor.layout == "linear":
         ranges.reverse()
-    if tensor.part:
-        offset = tensor.part[0] * math.prod(groups[-1])
-        ranges[-1] = slice(ranges[-1].start + offset, ranges[-1].stop + offset)
     matrix = source.read(tensor.name, tuple(ranges))
     matrix = matrix.T if tensor.layout == "linear" else matrix
+    if part and part.per_head:
+        by_head = matrix.reshape(*matrix.shape[:-1], -1, sum(part.sizes), groups[-1][-1])
+        matrix = by_head[..., part.index, :].reshape(*matrix.shape[:-1], -1)
     folded = [size for group, n in zip(groups, matrix.shape, strict=True) for size in _unfold(group, n)]
     return matrix.reshape(folded)[tuple(inner)]
 
 
 def join(parts: Iterable[tuple[Tensor, np.ndarray]]) -> np.ndarray:
     """The inverse of `read`: a checkpoint's tensor from its leaves (one repeat of each; several where it is split)."""
-    matrices = []
-    for tensor, leaf in sorted(parts, key=lambda pair: pair[0].part or (0, 1)):
-        matrix = leaf.reshape([math.prod(group) for group in _groups(tensor.path, leaf.shape)])
-        matrices.append(matrix.T if tensor.layout == "linear" else matrix)
-    return matrices[0] if len(matrices) == 1 else np.concatenate(matrices, axis=-1)
+    parts = sorted(parts, key=lambda pair: pair[0].part.index if pair[0].part else 0)
+    matrices = [leaf.reshape([math.prod(group) for group in _groups(each.path, leaf.shape)]) for each, leaf in parts]
+    tensor, leaf = parts[0]
+    if tensor.part and tensor.part.per_head:
+        by_head = [matrix.reshape(*matrix.shape[:-1], -1, 1, leaf.shape[-1]) for matrix in matrices]
+        joined = np.concatenate(by_head, axis=-2).reshape(*matrices[0].shape[:-1], -1)
+    else:
+        joined = matrices[0] if len(matrices) == 1 else np.concatenate(matrices, axis=-1)
+    return joined.T if tensor.layout == "linear" else joined
+
+
+def _part_range(part: Part, group: tuple[int, ...], wanted: slice) -> slice:
+    """Where in the tensor's output axis a range of a leaf's output axis lies; all of its heads' parts if `per_head`."""
+    if part.per_head:
+        return slice(wanted.start * sum(part.sizes), wanted.stop * sum(part.sizes))
+    offset = math.prod(group) // part.sizes[part.index] * sum(part.sizes[: part.index])
+    return slice(wanted.start + offset, wanted.stop + offset)
 
 
 def _groups(path: tuple[str, ...], shape: Sequence[int]) -> list[tuple[int, ...]]:

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxalign.models.attention import Keys, attend, cache_mask, rows_mask
+from jaxalign.models.attention import Keys, attend, cache_mask, cap, rows_mask
 from jaxalign.models.cache import Cache, layer_of, write
-from jaxalign.models.config import DType, ModelConfig, Rope, segments
+from jaxalign.models.config import DType, Layer, ModelConfig, Rope, segments
 from jaxalign.models.heads import init_score_kernel
+from jaxalign.models.rope import rope_frequencies, rotate
 from jaxalign.types import Array, TokenRows, Variables
 
 Remat = Literal["none", "dots", "full"]
@@ -96,7 +97,8 @@ def _build(
         wide = jnp.promote_types(dtype, jnp.float32)
         flat = hidden.reshape(-1, hidden.shape[-1]).astype(dtype)
         product = jnp.einsum(equation, flat, table.astype(dtype), preferred_element_type=wide)
-        return product.reshape(*hidden.shape[:-1], -1)
+        product = product.reshape(*hidden.shape[:-1], -1)
+        return cap(product * config.logit_multiplier, config.logit_softcap)
 
     def scores(variables: Variables, hidden: Array) -> jax.Array:
         if not config.score_head:
@@ -118,53 +120,32 @@ def _build(
     return Model(config, init, apply, logits, scores, rebuild, unroll)
 
 
-def rope_frequencies(rope: Rope, head_dim: int) -> jax.Array:
-    """Angle per position of each pair of dimensions, float32 `[head_dim / 2]`.
-
-    `theta ** (-2 i / head_dim)`, scaled as the kind says. Source: Su et al., arXiv 2104.09864; Llama 3.1's scaling as
-    in its reference code: wavelengths between the bounds are blended linearly in original_max_position / wavelength.
-    """
-    base = 1.0 / rope.theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if rope.kind == "linear":
-        return base / rope.factor
-    if rope.kind == "llama3":
-        turns = rope.original_max_position * base / (2 * math.pi)
-        blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        blend = jnp.clip(blend, 0.0, 1.0)
-        return base * (blend + (1 - blend) / rope.factor)
-    return base
-
-
-def rotate(x: Array, angles: Array) -> jax.Array:
-    """Rotates dimension i with dimension i + head_dim / 2.
-
-    Args:
-      x: `[rows, length, heads, head_dim]`.
-      angles: `[rows, length, head_dim / 2]`.
-    """
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    sin, cos = jnp.sin(angles)[:, :, None].astype(wide), jnp.cos(angles)[:, :, None].astype(wide)
-    first, second = jnp.split(x.astype(wide), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 class _Norm(nn.Module):
     kind: str
     eps: float
     param_dtype: jnp.dtype
+    use_bias: bool = False
+    plus_one: bool = False
 
     @nn.compact
     def __call__(self, x):
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype).astype(wide.dtype)
+        start = nn.initializers.zeros if self.plus_one else nn.initializers.ones
+        scale = self.param("scale", start, x.shape[-1:], self.param_dtype).astype(wide.dtype) + float(self.plus_one)
         if self.kind == "layer":
             wide = wide - wide.mean(-1, keepdims=True)
         inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
         normed = wide * inverse * scale.reshape((1,) * (x.ndim - 1) + (-1,))
-        if self.kind == "layer":
+        if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
             normed = normed + bias.astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
         return normed.astype(x.dtype)
+
+
+def _norm(config: ModelConfig, param_dtype: jnp.dtype, name: str) -> _Norm:
+    """A norm of the residual stream."""
+    bias = config.norm == "layer" and config.norm_bias
+    return _Norm(config.norm, config.norm_eps, param_dtype, bias, config.norm_plus_one, name=name)
 
 
 class _Linear(nn.Module):
@@ -192,6 +173,7 @@ class _Linear(nn.Module):
 class _Attention(nn.Module):
     config: ModelConfig
     param_dtype: jnp.dtype
+    rope: Rope | None
 
     @nn.compact
     def __call__(self, x, angles, mask, cached):
@@ -200,20 +182,25 @@ class _Attention(nn.Module):
         key = linear((c.num_kv_heads, c.head_dim), c.qkv_bias, name="key")(x)
         value = linear((c.num_kv_heads, c.head_dim), c.qkv_bias, name="value")(x)
         if c.qk_norm:
-            query = _Norm("rms", c.norm_eps, self.param_dtype, name="query_norm")(query)
-            key = _Norm("rms", c.norm_eps, self.param_dtype, name="key_norm")(key)
-        if angles is not None:
-            query, key = rotate(query, angles), rotate(key, angles)
+            query, key = self.normed("query_norm", query), self.normed("key_norm", key)
+        if self.rope is not None:
+            query, key = rotate(query, angles, self.rope), rotate(key, angles, self.rope)
         drop = c.attention_dropout if self.has_rng("dropout") else 0.0
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
         mixed = attend(
             query,
             (*cached, Keys(key, value, mask)),
-            scale=c.head_dim**-0.5,
+            scale=c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale,
+            softcap=c.attention_softcap,
             dropout=drop,
             dropout_key=self.make_rng("dropout") if drop else None,
         )
         return linear((c.embed_dim,), c.output_bias, inputs=2, name="output")(mixed), key, value
+
+    def normed(self, name, x):
+        c = self.config
+        norm = _Norm("rms", c.norm_eps, self.param_dtype, False, c.norm_plus_one, name=name)
+        return norm(x) if c.qk_norm_over == "head" else norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
 
 class _Mlp(nn.Module):
@@ -232,17 +219,23 @@ class _Mlp(nn.Module):
 class _Block(nn.Module):
     config: ModelConfig
     param_dtype: jnp.dtype
+    rope: Rope | None
 
     @nn.compact
     def __call__(self, x, angles, mask, cached):
-        c = self.config
-        norm = partial(_Norm, c.norm, c.norm_eps, self.param_dtype)
+        c, norm = self.config, partial(_norm, self.config, self.param_dtype)
+        before, after = c.norm_place != "post", c.norm_place != "pre"
         drop = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
-        attention, normed = _Attention(c, self.param_dtype, name="attention"), norm(name="attention_norm")(x)
-        mixed, key, value = attention(normed, angles, mask, cached)
-        x = x + drop(mixed)
-        x = x + drop(_Mlp(c, self.param_dtype, name="mlp")(norm(name="mlp_norm")(x)))
-        return x, key, value
+        normed = norm("attention_norm")(x) if before else x
+        mixed, key, value = _Attention(c, self.param_dtype, self.rope, name="attention")(normed, angles, mask, cached)
+        mixed = norm("attention_post_norm")(mixed) if after else mixed
+        attended = x + drop(mixed) * c.residual_multiplier
+        if not c.shared_norm:
+            normed = x if c.parallel_residual else attended
+            normed = norm("mlp_norm")(normed) if before else normed
+        inner = _Mlp(c, self.param_dtype, name="mlp")(normed)
+        inner = norm("mlp_post_norm")(inner) if after else inner
+        return attended + drop(inner) * c.residual_multiplier, key, value
 
 
 class _Pattern(nn.Module):
@@ -250,18 +243,19 @@ class _Pattern(nn.Module):
 
     config: ModelConfig
     param_dtype: jnp.dtype
-    windows: tuple[int | None, ...]
+    layers: tuple[Layer, ...]
 
     @nn.compact
     def __call__(self, x, first_layer, angles, masks, cache, cache_masks):
-        new, kinds = [], _kinds(self.config)
-        for place, window in enumerate(self.windows):
-            kind = kinds.index(window)
+        new, (windows, ropes) = [], _kinds(self.config)
+        for place, (window, rope) in enumerate(self.layers):
+            kind = windows.index(window)
             cached = ()
             if cache is not None and cache.positions.shape[1]:
                 k, v = (layer_of(each, first_layer + place).astype(x.dtype) for each in (cache.k, cache.v))
                 cached = (Keys(k, v, cache_masks[kind]),)
-            x, key, value = _Block(self.config, self.param_dtype, name=f"block_{place}")(x, angles, masks[kind], cached)
+            block = _Block(self.config, self.param_dtype, rope, name=f"block_{place}")
+            x, key, value = block(x, angles[ropes.index(rope)], masks[kind], cached)
             new.append((key, value))
         # Without a cache nobody wants the keys and values: stacking them would cost memory.
         return x, None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
@@ -282,15 +276,16 @@ class _Decoder(nn.Module):
         x = embed(c.vocab_size, name="embed")(rows.tokens)
         if c.learned_positions:
             x = x + embed(c.max_position, name="positions")(rows.positions)
-        x = x.astype(self.compute_dtype)
+        x = x.astype(self.compute_dtype) * c.embedding_multiplier
         x = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))(x)
-        angles = rows.positions[..., None] * rope_frequencies(c.rope, c.head_dim).reshape(1, 1, -1) if c.rope else None
-        masks = tuple(rows_mask(rows, window) for window in _kinds(c))
-        cache_masks = () if cache is None else tuple(cache_mask(rows, cache.positions, window) for window in _kinds(c))
+        windows, ropes = _kinds(c)
+        angles = tuple(_angles(rows, rope, c.head_dim) for rope in ropes)
+        masks = tuple(rows_mask(rows, window) for window in windows)
+        cache_masks = () if cache is None else tuple(cache_mask(rows, cache.positions, window) for window in windows)
         new = []
         for index, segment in enumerate(segments(c)):
-            block = partial(_Pattern if self.unrolled else self._scan(segment), c, self.param_dtype, segment.windows)
-            size, rest = len(segment.windows), (angles, masks, cache, cache_masks)
+            block = partial(_Pattern if self.unrolled else self._scan(segment), c, self.param_dtype, segment.layers)
+            size, rest = len(segment.layers), (angles, masks, cache, cache_masks)
             if self.unrolled:
                 for repeat in range(segment.repeats):
                     x, keys = block(name=_repeat_name(index, repeat))(x, segment.start + repeat * size, *rest)
@@ -305,7 +300,7 @@ class _Decoder(nn.Module):
             self.param("head", lambda key: {"kernel": normal(key, shape, self.param_dtype)})
         if c.score_head:
             self.param("score", lambda key: {"kernel": init_score_kernel(key, c.embed_dim, dtype=self.param_dtype)})
-        x = _Norm(c.norm, c.norm_eps, self.param_dtype, name="final_norm")(x)
+        x = _norm(c, self.param_dtype, "final_norm")(x)
         return x, None if cache is None else write(cache, rows, new, x)
 
     def _scan(self, segment):
@@ -340,6 +335,12 @@ def _unroll(config: ModelConfig, dtype: jnp.dtype, variables: Variables) -> Vari
     return {**variables, "params": jax.tree.map_with_path(cast_leaf, params)}
 
 
-def _kinds(config: ModelConfig) -> list[int | None]:
-    """The different windows, in order of appearance: one mask each."""
-    return list(dict.fromkeys(config.windows))
+def _kinds(config: ModelConfig) -> tuple[list[int | None], list[Rope | None]]:
+    """The different windows and ropes, in order of appearance: one mask, one table of angles each."""
+    return list(dict.fromkeys(config.windows)), list(dict.fromkeys(config.layer_ropes))
+
+
+def _angles(rows: TokenRows, rope: Rope | None, head_dim: int) -> jax.Array | None:
+    if rope is None:
+        return None
+    return jnp.asarray(rows.positions)[..., None] * rope_frequencies(rope, head_dim).reshape(1, 1, -1)

@@ -17,7 +17,7 @@ from jaxalign.config import Stage
 from jaxalign.methods.common import has_critic, is_online, join_variables
 from jaxalign.methods.offline import OfflineSource, make_source
 from jaxalign.methods.online import OnlineSource
-from jaxalign.models.config import forward_flops
+from jaxalign.models.config import forward_flops, mean_attended
 from jaxalign.run.evaluate import make_evaluate
 from jaxalign.run.hardware import peak_flops
 from jaxalign.run.inputs import Examples, Say, attach_reference, load_policy
@@ -303,7 +303,9 @@ def _flops_per_step(ready: Prepared) -> float | None:
     lengths = ready.data.train.lengths
     mean = {name: float(each.mean()) for name, each in lengths.items()}
     tokens, targets = (ready.stage.train.batch_size * n for n in (mean["total"], mean["total"] - mean["prompt"]))
-    return 3.0 * forward_flops(ready.model.config, int(tokens), int(tokens * mean["total"] / 2), int(targets))
+    config = ready.model.config
+    attended = tokens * mean_attended(config, mean["total"])
+    return 3.0 * forward_flops(config, int(tokens), int(attended), int(targets))
 
 
 def _make_on_sample(ready: Prepared, frozen: Variables) -> loop.OnSample:

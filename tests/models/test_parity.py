@@ -6,7 +6,9 @@ import copy
 import dataclasses
 import functools
 import json
+import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.models.config import ModelConfig, Rope
+from jaxalign.models.config import ModelConfig, Rope, extend_context, rotary_dim
 from jaxalign.models.export import save
 from jaxalign.models.pretrained import load, load_tokenizer
-from jaxalign.models.transformer import Model, build
+from jaxalign.models.transformer import Model
 from jaxalign.types import TokenRows
 from tests.models import tiny
+from tests.models.dense import DENSE, EXTENDED
 
 pytestmark = pytest.mark.parity
 
@@ -30,18 +33,22 @@ TOLERANCE = 1e-4
 
 # Fields of our config that change logits; STRUCTURE changes the parameters' shapes; INERT is read by others only.
 NUMERIC = {
-    "norm", "norm_eps", "activation", "gated_mlp", "rope", "learned_positions", "windows", "qk_norm", "qkv_bias",
-    "output_bias", "mlp_bias", "tie_embeddings",
+    "norm", "norm_eps", "norm_bias", "norm_plus_one", "norm_place", "parallel_residual", "shared_norm", "activation",
+    "gated_mlp", "rope", "ropes", "learned_positions", "windows", "qk_norm", "qk_norm_over", "qkv_bias", "output_bias",
+    "mlp_bias", "attention_scale", "attention_softcap", "logit_softcap", "embedding_multiplier", "residual_multiplier",
+    "logit_multiplier", "tie_embeddings",
 }  # fmt: skip
 STRUCTURE = {
     "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "lm_head",
     "score_head",
 }  # fmt: skip
 INERT = {"family", "max_position", "dropout", "attention_dropout", "bos_id", "eos_ids", "pad_id", "score_bias"}
+SHARED = {"theta", "kind", "partial", "interleaved"}
 ROPE_FIELDS = {
-    "default": {"theta", "kind"},
-    "linear": {"theta", "kind", "factor"},
-    "llama3": {"theta", "kind", "factor", "low_freq_factor", "high_freq_factor", "original_max_position"},
+    "default": SHARED,
+    "linear": {*SHARED, "factor"},
+    "llama3": {*SHARED, "factor", "low_freq_factor", "high_freq_factor", "original_max_position"},
+    "longrope": {*SHARED, "short_factors", "long_factors", "long", "attention_factor"},
 }
 
 
@@ -73,15 +80,20 @@ def torch_logits(model, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return output.logits.numpy()
 
 
-def our_logits(model: Model, variables: Any, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """float32 `[rows, length, vocab]` from ours."""
+def compiled(model: Model) -> Callable[[Any, np.ndarray, np.ndarray], np.ndarray]:
+    """`(variables, tokens, mask) -> float32 [rows, length, vocab]` from ours."""
 
     @jax.jit
     def run(variables, tokens, mask):
         hidden, _, _ = model.apply(variables, TokenRows.from_padded(tokens, mask))
         return model.logits(variables, hidden)
 
-    return np.asarray(run(variables, jnp.asarray(tokens), jnp.asarray(mask)))
+    return lambda variables, tokens, mask: np.asarray(run(variables, jnp.asarray(tokens), jnp.asarray(mask)))
+
+
+def our_logits(model: Model, variables: Any, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """float32 `[rows, length, vocab]` from ours."""
+    return compiled(model)(variables, tokens, mask)
 
 
 def difference(one: np.ndarray, other: np.ndarray, mask: np.ndarray) -> float:
@@ -105,7 +117,8 @@ def cases(tmp_path_factory):
         with torch.no_grad():
             for key, parameter in model.named_parameters():
                 is_norm = "norm" in key or ".ln_" in key
-                mean = 1.0 if is_norm and key.endswith("weight") else 0.0
+                # Gemma's norms begin at 0: they multiply by 1 + weight.
+                mean = float(parameter.mean()) if is_norm and key.endswith("weight") else 0.0
                 parameter.normal_(mean, config.initializer_range)
         model.save_pretrained(folder)
         return Case(folder, {side: torch_logits(model, *padded(side)) for side in ("right", "left")})
@@ -113,13 +126,21 @@ def cases(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
+def load_case(case: Case, name: str) -> tuple[Model, Any]:
+    """Ours; under longrope with the factors that transformers takes at this length."""
+    model, variables = load(case.folder)
+    return (model.rebuild(extend_context(model.config)) if name in EXTENDED else model), variables
+
+
 @pytest.mark.parametrize("name", list(tiny.CONFIGS))
-def test_logits(cases, name, side):
-    case, (tokens, mask) = cases(name), padded(side)
-    assert case.logits[side][mask > 0].std(-1).min() > 1
-    ours = our_logits(*load(case.folder), tokens, mask)
-    assert difference(ours, case.logits[side], mask) < TOLERANCE
+def test_logits(cases, name):
+    """With padding on either side."""
+    case, (model, variables) = cases(name), load_case(cases(name), name)
+    run = compiled(model)
+    for side, theirs in case.logits.items():
+        tokens, mask = padded(side)
+        assert theirs[mask > 0].std(-1).min() > 1
+        assert difference(run(variables, tokens, mask), theirs, mask) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", list(tiny.CONFIGS))
@@ -158,30 +179,76 @@ def test_config_of_transformers_4(cases, name):
 
 
 def mutations(config: ModelConfig) -> dict[str, ModelConfig]:
-    """Every numerical field of a config, changed for itself."""
+    """Every numerical field of a config that counts in it, changed for itself."""
     change = functools.partial(dataclasses.replace, config)
     found = {}
-    for field in sorted(NUMERIC - {"rope", "windows", "activation", "norm_eps", "norm"}):
+    flags = {"gated_mlp", "learned_positions", "qk_norm", "qkv_bias", "output_bias", "mlp_bias", "tie_embeddings"}
+    for field in sorted({*flags, "norm_plus_one"}):
         found[field] = change(**{field: not getattr(config, field)})
+    for field in ("embedding_multiplier", "residual_multiplier", "logit_multiplier"):
+        found[field] = change(**{field: getattr(config, field) * 1.5})
     found["norm"] = change(norm="layer" if config.norm == "rms" else "rms")
     found["norm_eps"] = change(norm_eps=1e-6)
+    if config.norm == "layer":
+        found["norm_bias"] = change(norm_bias=not config.norm_bias)
+    if config.shared_norm:
+        found["shared_norm"] = change(shared_norm=False)
+    else:
+        for place in {"pre", "post", "both"} - {config.norm_place}:
+            found[f"norm_place={place}"] = change(norm_place=place)
+    found["parallel_residual"] = change(parallel_residual=not config.parallel_residual, shared_norm=False)
+    if config.qk_norm:
+        found["qk_norm_over"] = change(qk_norm_over="projection" if config.qk_norm_over == "head" else "head")
+    found["attention_scale"] = change(attention_scale=1.3 * (config.attention_scale or config.head_dim**-0.5))
+    for field, size in (("attention_softcap", 3.0), ("logit_softcap", 8.0)):
+        value = getattr(config, field)
+        found[field] = change(**{field: size if value is None else None})
+        if value is not None:
+            found[f"{field}*2"] = change(**{field: 2 * value})
     for activation in {"silu", "gelu", "gelu_tanh"} - {config.activation}:
         found[f"activation={activation}"] = change(activation=activation)
     # The pattern stays, and with it the parameters' tree.
     found["windows"] = change(windows=tuple(20 if window is None else window + 1 for window in config.windows))
-    if config.rope is None:
-        return found | {"rope": change(rope=Rope(500.0))}
-    found["rope"] = change(rope=None)
-    for field in ROPE_FIELDS[config.rope.kind]:
-        value = getattr(config.rope, field)
-        if field != "kind":
-            found[f"rope.{field}"] = change(rope=dataclasses.replace(config.rope, **{field: value * 2}))
-            continue
-        for kind in set(ROPE_FIELDS) - {value}:
-            # A factor that the default kind leaves at 1 would change nothing.
-            factor, original = max(config.rope.factor, 2.0), min(config.rope.original_max_position, 64)
-            rope = dataclasses.replace(config.rope, kind=kind, factor=factor, original_max_position=original)
-            found[f"rope.kind={kind}"] = change(rope=rope)
+    return found | rope_mutations(config)
+
+
+def rope_mutations(config: ModelConfig) -> dict[str, ModelConfig]:
+    """Another rope in the layers of each rope; of two kinds of layers, each with the other's."""
+    change = functools.partial(dataclasses.replace, config)
+    if not config.ropes:
+        if config.rope is None:
+            return {"rope": change(rope=Rope(500.0))}
+        found = {f"rope.{field}": change(rope=rope) for field, rope in changed_ropes(config.rope, config).items()}
+        return {**found, "rope": change(rope=None)}
+    one, other = dict.fromkeys(config.ropes)
+    swapped = {one: other, other: one}
+    found = {"ropes": change(ropes=tuple(swapped[rope] for rope in config.ropes))}
+    for rope in filter(None, (one, other)):
+        for field, changed in changed_ropes(rope, config).items():
+            ropes = tuple(changed if each == rope else each for each in config.ropes)
+            found[f"ropes.{config.ropes.index(rope)}.{field}"] = change(ropes=ropes)
+    return found
+
+
+def changed_ropes(rope: Rope, config: ModelConfig) -> dict[str, Rope]:
+    change, pairs, found = functools.partial(dataclasses.replace, rope), rotary_dim(rope, config.head_dim) // 2, {}
+    fields = ROPE_FIELDS[rope.kind] - {"kind", "partial", "interleaved", "long", "short_factors", "long_factors"}
+    for field in fields:
+        found[field] = change(**{field: getattr(rope, field) * 2})
+    found["interleaved"] = change(interleaved=not rope.interleaved)
+    if rope.kind == "longrope":
+        used = "long_factors" if rope.long else "short_factors"
+        found[used] = change(**{used: (*getattr(rope, used)[:-1], 5.0 * getattr(rope, used)[-1])})
+        found["long"] = change(long=not rope.long)
+    else:
+        found["partial"] = change(partial=0.5 if rope.partial == 1.0 else 1.0)
+    for kind in set(ROPE_FIELDS) - {rope.kind}:
+        # A factor that the default kind leaves at 1 would change nothing.
+        factor, original = max(rope.factor, 2.0), min(rope.original_max_position, 64)
+        factors = tuple(2.0 + i for i in range(pairs))
+        found[f"kind={kind}"] = change(
+            kind=kind, factor=factor, original_max_position=original, short_factors=factors, long_factors=factors
+        )
     return found
 
 
@@ -191,8 +258,8 @@ def completed(model: Model, variables: Any) -> Any:
     rng = np.random.default_rng(7)
 
     def fill(path, leaf):
-        drawn = jnp.asarray(0.2 * rng.standard_normal(leaf.shape), leaf.dtype)
-        return have.get(path, drawn + (path[-1].key == "scale"))
+        drawn = jnp.asarray(0.2 * rng.standard_normal(leaf.shape) + (path[-1].key == "scale"), leaf.dtype)
+        return have[path] if path in have and have[path].shape == leaf.shape else drawn
 
     return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(model.init, jax.random.key(0)))
 
@@ -200,7 +267,25 @@ def completed(model: Model, variables: Any) -> Any:
 def test_every_field_is_classified():
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     assert names == NUMERIC | STRUCTURE | INERT
-    assert {field.name for field in dataclasses.fields(Rope)} == ROPE_FIELDS["llama3"]
+    assert {field.name for field in dataclasses.fields(Rope)} == {"max_position"}.union(*ROPE_FIELDS.values())
+
+
+def unseen(case: Case, model: Model, variables: Any, mutated: dict[str, ModelConfig]) -> dict[str, float]:
+    """The mutations that leave the logits as they are, with the difference that they make."""
+    tokens, mask = padded("right")
+    found = {}
+    for field, config in mutated.items():
+        other = model.rebuild(config)
+        try:
+            # Uncompiled: the operations are the same ones again, a program for each mutation would not be.
+            with jax.disable_jit():
+                ours = our_logits(other, completed(other, variables), tokens, mask)
+        except Exception as error:
+            raise AssertionError(f"{field} could not be changed") from error
+        seen = difference(ours, case.logits["right"], mask)
+        if not seen > 1e-3:
+            found[field] = seen
+    return found
 
 
 @pytest.mark.parametrize(
@@ -217,21 +302,21 @@ def test_every_field_is_classified():
 )
 def test_every_field_counts(cases, name, part):
     """With one numerical field misread, parity fails: so the parity above has seen that field."""
-    case, (tokens, mask) = cases(name), padded("right")
-    model, variables = load(case.folder)
-    unseen = {}
-    for field, config in mutations(model.config).items():
-        if not field.startswith(part):
-            continue
-        mutated = build(config)
-        try:
-            ours = our_logits(mutated, completed(mutated, variables), tokens, mask)
-        except Exception as error:
-            raise AssertionError(f"{name}: {field} could not be changed") from error
-        seen = difference(ours, case.logits["right"], mask)
-        if not seen > 1e-3:
-            unseen[field] = seen
-    assert not unseen
+    model, variables = load(cases(name).folder)
+    mutated = {field: config for field, config in mutations(model.config).items() if field.startswith(part)}
+    assert not unseen(cases(name), model, variables, mutated)
+
+
+@pytest.mark.parametrize("name", list(DENSE))
+def test_a_familys_own_fields_count(cases, name):
+    """The same for the families that came later, of the fields in which they differ from a plain decoder."""
+    model, variables = load_case(cases(name), name)
+    plain = ModelConfig(*[getattr(model.config, field.name) for field in dataclasses.fields(ModelConfig)[:9]])
+    own = {field for field in NUMERIC if getattr(plain, field) != getattr(model.config, field)}
+    own = {"norm_eps", *own}
+    mutated = {key: config for key, config in mutations(model.config).items() if re.split("[=.*]", key)[0] in own}
+    assert own == {re.split("[=.*]", key)[0] for key in mutated}
+    assert not unseen(cases(name), model, variables, mutated)
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_1"])

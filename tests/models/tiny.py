@@ -21,6 +21,7 @@ from jaxalign.models.families import from_hf, tensors
 from jaxalign.models.gguf import ARCHITECTURES
 from jaxalign.models.tensors import file_shape
 from jaxalign.models.transformer import build
+from tests.models.dense import DENSE
 
 LLAMA = {
     "model_type": "llama",
@@ -84,6 +85,7 @@ CONFIGS: dict[str, dict] = {
     "qwen3-biases": QWEN | {"model_type": "qwen3", "head_dim": 24, "attention_bias": True, "hidden_act": "gelu"},
     "gpt2": GPT2,
     "gpt2-untied": GPT2 | {"n_inner": 96, "tie_word_embeddings": False, "activation_function": "gelu"},
+    **DENSE,
 }
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import lzma
+import sys
 
 import pytest
 
@@ -241,25 +242,20 @@ def test_csv_and_tsv(write, tmp_path, chatml):
         list(csv_rows(str(tmp_path / "d.csv")))
 
 
-def test_zstandard_needs_its_package(write, tmp_path):
-    zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed") if _has_zstd() else None
+def test_zstandard_needs_its_package(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl.zst"
-    if zstandard is None:
-        path.write_bytes(b"")
-        with pytest.raises(ValueError, match=r"a\.jsonl\.zst: \.zst needs the package zstandard: pip install"):
-            read(DataConfig(str(path)), "sft")
-        return
+    path.write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(ValueError, match=r"a\.jsonl\.zst: \.zst needs the package zstandard: pip install"):
+        read(DataConfig(str(path)), "sft")
+
+
+def test_zstandard(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    path = tmp_path / "a.jsonl.zst"
     path.write_bytes(zstandard.compress(b'{"text": "a"}\n\n{"text": "b"}\n'))
     rows = read(DataConfig(str(path)), "sft")
     assert [rows[i]["text"] for i in range(2)] == ["a", "b"] and rows.where(1)[1] == 3
-
-
-def _has_zstd():
-    try:
-        import zstandard  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def test_rows_in_order_of_a_column(write):

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 
 from jaxalign.data import DataConfig, Filters, MixturePart, from_list, length_bias, load
@@ -132,7 +131,9 @@ def test_what_is_held_out_is_not_in_training(chatml, write):
 
 
 def test_lengths(chatml, write):
-    path = write("a.jsonl", pair("a", " no", " no no no no"), pair("b", " yes yes", " no no"), pair("c", " x", " y y"))
+    path = write(
+        "a.jsonl", pair("a", " no", " no no no no"), pair("b", " no no", " no no no"), pair("c", " no", " no no")
+    )
     data, _ = sifted(path, chatml)
     sizes = [(len(each["chosen_ids"]), len(each["rejected_ids"])) for each in data.train]
     assert sizes[0][1] > 2 * sizes[0][0] and max(sizes[1]) <= 2 * min(sizes[1])
@@ -160,7 +161,7 @@ def test_length_bias_by_hand():
     """Differences 2, 1, 0, -3; margins 1, 0.5, (none), -1 of the first, second and fourth.
 
     Deviations of 2, 1, -3 are 2, 1, -3; of 1, 0.5, -1 they are 5/6, 2/6, -7/6. Their products add up to 33/6 = 5.5,
-    the squares to 14 and 78/36: 5.5 / sqrt(14 · 78/36) = 0.99860.
+    the squares to 14 and 78/36: 5.5 / sqrt(14 · 78/36) = 0.99862.
     """
     sizes = [(4, 2), (3, 2), (2, 2), (1, 4)]
     examples = from_list([{"prompt_ids": [1], "chosen_ids": [5] * a, "rejected_ids": [6] * b} for a, b in sizes])
@@ -179,7 +180,7 @@ def test_length_bias_by_hand():
 
     bias = length_bias(dataclasses.replace(examples, rows=Listed()))
     assert bias is not None and bias.margins == 3
-    assert bias.correlation == pytest.approx(5.5 / np.sqrt(14 * 78 / 36)) == pytest.approx(0.99861, abs=2e-5)
+    assert bias.correlation == pytest.approx(0.998625, abs=1e-6)
     assert "chosen is longer in 50.0% of 4 pairs, as long in 25.0%, by +0.0 tokens on average" in bias.line()
     assert length_bias(from_list([{"input_ids": [1, 2], "loss_mask": [False, True]}])) is None
 

@@ -110,7 +110,7 @@ def test_mixtures_keep_their_shares_and_resume(chatml, tmp_path, write):
         state = source.state()
         more = take(source, 3)
     for data, *_ in whole:
-        assert sum(b"sea" in chatml.decode(np.frombuffer(ids, np.int32)).encode() for ids in data) == 2
+        assert sum(b"sea" in chatml.decode(np.frombuffer(ids, np.int32).tolist()).encode() for ids in data) == 2
     assert whole[-1][2] == 3  # 24 examples of the part of 7 rows: the third pass is done
     with open_batches(stream_of(config, chatml), 8) as source:
         source.restore(state)
@@ -143,12 +143,13 @@ def test_bad_rows_are_named_or_counted_once(chatml, write):
 
 def test_filters_work_on_streams(chatml, write):
     held = [{"prompt": "Is the sea  DEEP?", "completion": " Yes"}]
-    rows = [{"prompt": f"Is the sky blue? {i}", "completion": " Yes" + " and deep" * i} for i in range(6)]
+    rows = [{"prompt": f"Is the sky blue? {i}", "completion": " a" + " and deep" * i} for i in range(6)]
     config = DataConfig(
-        write("train.jsonl", *rows, {"prompt": "Is the sea deep?", "completion": " No"}),
+        write("train.jsonl", *rows, {"prompt": "Is the sea deep?", "completion": " a and deep"}),
         eval_path=write("eval.jsonl", *held),
         streaming=True,
         shuffle=False,
+        shuffle_window=1,
         filters=Filters(decontaminate="exact", min_completion_tokens=3),
     )
     data = load(config, chatml, "sft")

@@ -274,7 +274,7 @@ def open_stream(
     given = [part.weight for part in config.mixture if part.weight is not None]
     exact = shares([1] * len(parts), given or None, 1.0)
     common = math.lcm(*(share.denominator for share in exact))
-    held_out = [] if evaluation is None else list(facts_of(evaluation.good(), kind))
+    held_out = () if evaluation is None else facts_of(evaluation.good(), kind)
     judges = {} if config.filters is None else make_judges(config.filters, kind, held_out)
     return Stream(config, tokenizer, kind, parts, tuple(int(share * common) for share in exact), judges)
 

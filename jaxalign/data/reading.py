@@ -127,7 +127,12 @@ def read(config: DataConfig, kind: str, *, evaluation: bool = False) -> Rows:
     """
     if evaluation:
         split = config.eval_split or ("train" if config.eval_path else config.split)
-        config = replace(config, path=config.eval_path or config.path, split=split, eval_path=None, eval_split=None)
+        path, whole = (
+            config.eval_path or config.path,
+            {"mixture": (), "mixture_temperature": 1.0, "mixture_epoch": "all"},
+        )
+        whole |= {"filters": None, "sort_by": None, "streaming": False, "eval_path": None, "eval_split": None}
+        config = replace(config, path=path, split=split, **whole)
     rows = replace(_read(config), columns=mapping(config), kind=kind)
     found = {path: rows.found(part) for part, path in enumerate(rows.paths)}
     formats = {path: choose_format(path, names, config, kind) for path, names in found.items() if names}
@@ -137,7 +142,7 @@ def read(config: DataConfig, kind: str, *, evaluation: bool = False) -> Rows:
     rows = replace(rows, format=next(iter(formats.values()), config.format))
     if rows.format == "trl" and kind == "preference":
         _hint(rows)
-    return rows if config.sort_by is None or evaluation else replace(rows, index=_sorted(rows, config.sort_by))
+    return rows if config.sort_by is None else replace(rows, index=_sorted(rows, config.sort_by))
 
 
 def mapping(config: DataConfig) -> dict[str, str]:

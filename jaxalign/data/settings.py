@@ -104,7 +104,7 @@ def _check_mixture(config: Any) -> None:
     titles = Counter(part.title for part in config.mixture)
     twice = [title for title, count in titles.items() if count > 1]
     if twice:
-        raise ValueError(f"mixture: {len(twice)} parts are called {twice[0]!r}; give each a label of its own")
+        raise ValueError(f"mixture: {titles[twice[0]]} parts are called {twice[0]!r}; give each a label of its own")
     weighed = [part.weight is not None for part in config.mixture]
     if any(weighed) and not all(weighed):
         missing = next(part.title for part in config.mixture if part.weight is None)

@@ -58,8 +58,7 @@ def mixed(settings, parts) -> dict:
         ],
     }
     settings["method"] = {"name": "sft"}
-    settings["train"] = {"batch_size": 4, "micro_batch_size": 2, "max_steps": 9, "save_steps": 2}
-    settings["mesh"] = {"data": 2, "fsdp": 1}
+    settings["train"] = {"batch_size": 8, "micro_batch_size": 8, "max_steps": 8, "save_steps": 2}
     settings["log"]["logging_steps"] = 1
     return settings
 
@@ -88,23 +87,20 @@ def removed(folder: Path) -> list[dict]:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_mixture_of_three_kinds_is_resumed_exactly(mixed, streaming):
-    mixed["mesh"] = {"data": -1}
-    mixed["train"] |= {"batch_size": 8, "micro_batch_size": 8}
     if streaming:
         mixed["data"] |= {"streaming": True, "shuffle_window": 10}
     else:
         mixed["data"]["filters"] = {"deduplicate": "example"}
     whole = run(parse_config({**mixed, "name": "whole"})).folder
     broken = parse_config({**mixed, "name": "broken"})
-    for at in (3, 7):
-        with pytest.raises(Killed):
-            run(broken, make_progress=killer(at))
+    with pytest.raises(Killed):
+        run(broken, make_progress=killer(5))
     again = run(broken).folder
     assert lines(again) == lines(whole) and weights(again) == weights(whole)
     assert (again / "removed.jsonl").read_bytes() == (whole / "removed.jsonl").read_bytes()
     parts = json.loads((whole / "manifest.json").read_text())["stages"]["whole"]["parts"]
     if streaming:
-        # 9 batches of 8 with prefetch: 72 examples and more, of the instructions a quarter, 6 good ones to a pass.
+        # 64 examples, of them 16 instructions, of which a pass has 6: at least two passes met the broken one.
         found = removed(whole)
         assert {(Path(each["file"]).name, each["line"], each["filter"]) for each in found} == {
             ("instructions.jsonl", 4, "problem")

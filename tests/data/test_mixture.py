@@ -108,7 +108,7 @@ def open_batches(data, **options):
 
 def test_every_position_is_resumed_exactly(chatml, parts):
     data = load(mixed(parts, mixture_epoch="first"), chatml, "sft")
-    assert data.epoch_size == len(data.order) == 20
+    assert data.order is not None and data.epoch_size == len(data.order) == 20
 
     def facts(batch):
         return batch.indices.tolist(), batch.data, batch.epoch, batch.tokens
@@ -148,7 +148,7 @@ def test_counts_and_places_of_parts(chatml, write, parts):
     assert f"part {bad}: 2 of 4 examples, 25.0% of training, 15 per epoch" in data.report.lines()
     assert data.train.where(41) == (bad, 4) and data.train.row(41) == {"text": "More rain"}
     assert data.train.where(30) == (parts[1], 1) and data.train.part_of[[0, 29, 30, 40]].tolist() == [0, 0, 1, 2]
-    assert set(data.train.rows.hashes) == {*parts[:2], bad}
+    assert data.train.rows is not None and set(data.train.rows.hashes) == {*parts[:2], bad}
     with pytest.raises(
         ValueError, match=rf"2 of 44 examples cannot be used.*\n  {bad}:2: empty text.*\n  {bad}:3: wrong JSON"
     ):

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxalign import data
 from jaxalign.methods.offline import OfflineSource, make_stream_batches
 from jaxalign.run.folder import write_text
@@ -28,7 +30,8 @@ def make_stream_source(ready: Prepared, stream: data.Stream, examples: Examples,
 class RemovedLog:
     """Appends the rows that a stream left out, each with the step on whose way that happened.
 
-    A resumed run comes by the same rows again: the first line that it writes goes behind those of earlier steps.
+    A resumed run comes by the same rows again: the first line that it writes goes behind those of earlier steps. Of
+    several processes, which all meet the same rows, the first one writes.
     """
 
     def __init__(self, path: Path):
@@ -37,6 +40,8 @@ class RemovedLog:
 
     def __call__(self, step: int, removed: Sequence[data.Removed]) -> None:
         """Writes those left out on the way to a step's batch."""
+        if jax.process_index() != 0:
+            return
         if self._lines is None:
             self._lines = JsonLines(self._path, step - 1 if step > 1 else None)
         for each in removed:
@@ -49,7 +54,9 @@ class RemovedLog:
 
 
 def write_removed(path: Path, removed: Sequence[data.Removed]) -> None:
-    """Writes rows that were left out as JSON lines: `file`, `line`, `filter`, `reason`, `row`."""
+    """Writes rows that were left out as JSON lines: `file`, `line`, `filter`, `reason`, `row`; in the first process."""
+    if jax.process_index() != 0:
+        return
     write_text(path, "".join(_line(asdict(each)) for each in removed))
 
 

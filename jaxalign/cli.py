@@ -219,16 +219,18 @@ def data_check(
     config: ConfigPath,
     overrides: Overrides = None,
     stage: Annotated[str | None, typer.Option(help="Stage of a config with several; all by default.")] = None,
+    removed: Annotated[Path | None, typer.Option(help="Write what filters take out here, as JSON lines.")] = None,
 ) -> None:
     """Counts, lengths, packing, and every row that cannot be trained on, by file and line."""
     from jaxalign import data
-    from jaxalign.run import check_data, pick_stage
+    from jaxalign.run import check_data, pick_stage, write_removed
 
     loaded = _load(config, overrides)
-    bad = 0
+    bad, taken_out = 0, []
     for name in [stage] if stage else [each.name for each in loaded.stages]:
         each = pick_stage(loaded, name)
         found, packing = check_data(each)
+        taken_out += found.removed
         _say(f"== {each.name or each.method_name}")
         for line in [*found.report.lines(), *(f"packing {name}: {value:.4g}" for name, value in packing.items())]:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -237,6 +239,9 @@ def data_check(
             bad += len(problems)
             for problem in problems:
                 console.print(str(problem), style="red", markup=False, highlight=False, soft_wrap=True)
+    if removed is not None:
+        write_removed(removed, taken_out)
+        _say(f"{len(taken_out)} rows that filters take out are in {removed}")
     if bad:
         _say(f"{bad} rows cannot be trained on; data.on_bad=drop leaves them out")
         raise typer.Exit(1)

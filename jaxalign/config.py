@@ -13,7 +13,7 @@ from typing import Any
 import pydantic
 import yaml
 
-from jaxalign.data import DataConfig
+from jaxalign.data import DataConfig, Filters, MixturePart
 from jaxalign.methods import METHODS
 from jaxalign.methods.common import is_online, trains_scores
 from jaxalign.methods.grpo import PRESETS
@@ -194,6 +194,7 @@ def _stage(name: str, raw: Mapping[str, Any], where: str) -> Stage:
             raise ValueError(f"{where}{needed}: this section is missing; it needs at least `path`")
     settings = {"learning_rate": METHODS[method_name].LEARNING_RATE, **(raw.get("optimizer") or {})}
     raw = {**raw, "rollout": _rollout(METHODS[method_name], raw.get("rollout"), f"{where}rollout")}
+    raw["data"] = _data(raw["data"], f"{where}data")
     built = {key: build(kind, raw.get(key) or {}, where + key) for key, kind in SECTIONS.items() if key != "optimizer"}
     return Stage(
         name=name,
@@ -212,6 +213,20 @@ def _rollout(method: ModuleType, raw: Any, where: str) -> Any:
         return raw
     each = [build(RewardSection, reward, f"{where}.rewards[{i}]") for i, reward in enumerate(raw["rewards"])]
     return {**raw, "rewards": tuple(each)}
+
+
+def _data(raw: Any, where: str) -> Any:
+    """The section with the parts of its mixture and its filters validated."""
+    if not isinstance(raw, Mapping):
+        return raw
+    built = dict(raw)
+    if isinstance(raw.get("mixture"), Sequence) and not isinstance(raw["mixture"], str):
+        built["mixture"] = tuple(
+            build(MixturePart, part, f"{where}.mixture[{i}]") for i, part in enumerate(raw["mixture"])
+        )
+    if raw.get("filters") is not None:
+        built["filters"] = build(Filters, raw["filters"], f"{where}.filters")
+    return built
 
 
 def _check_inputs(stages: Sequence[Stage]) -> None:

@@ -17,6 +17,7 @@ from typer.main import get_command
 
 from jaxalign.cli import app
 from jaxalign.config import FOREIGN_NAMES, SECTIONS
+from jaxalign.data import Filters, MixturePart
 from jaxalign.losses import PREFERENCE_LOSSES
 from jaxalign.methods import METHODS
 from jaxalign.methods.common import trains_scores
@@ -175,7 +176,8 @@ def test_the_layout_is_that_of_the_package():
 
 def settings() -> dict[str, dict[str, str]]:
     """Default of every key by section, as docs/configuration.md writes it."""
-    kinds = {**SECTIONS, "compare": CompareSection, **{name: method.Config for name, method in METHODS.items()}}
+    kinds = {**SECTIONS, "compare": CompareSection, "mixture": MixturePart, "filters": Filters}
+    kinds |= {name: method.Config for name, method in METHODS.items()}
     found = {name: {field.name: _default(field) for field in dataclasses.fields(kind)} for name, kind in kinds.items()}
     rates = (f"`{method.LEARNING_RATE}` (`{name}`)" for name, method in METHODS.items())
     return {**found, "optimizer": {**found["optimizer"], "learning_rate": ", ".join(rates)}}

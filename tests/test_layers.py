@@ -204,7 +204,7 @@ def test_what_is_allowed_passes(path: str, source: str):
 
 def test_dependencies_are_those_imported():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    optional = [line for extra in ("wandb", "rlvr") for line in project["optional-dependencies"][extra]]
+    optional = [line for extra in ("wandb", "rlvr", "zstd") for line in project["optional-dependencies"][extra]]
     required, extras = ({_distribution(line) for line in lines} for lines in (project["dependencies"], optional))
     owners = packages_distributions()
     imported = set()

@@ -2,10 +2,17 @@
 
 from jaxalign.data.chat import encode
 from jaxalign.data.checks import Problem, Report, admit, check, problems
-from jaxalign.data.examples import Data, Examples, encode_rows, from_list, inspect, load
+from jaxalign.data.examples import Examples, encode_rows, from_list
+from jaxalign.data.filters import Removed
 from jaxalign.data.formats import Bad, DataConfig, normalise
+from jaxalign.data.loading import Data, inspect, load
+from jaxalign.data.margins import LengthBias, length_bias
+from jaxalign.data.mixture import MixtureOrder
 from jaxalign.data.pipeline import Batches, HostBatch
 from jaxalign.data.reading import Rows, read
+from jaxalign.data.settings import Filters, MixturePart
+from jaxalign.data.stream import Stream
+from jaxalign.data.streambatches import StreamBatch, StreamBatches
 from jaxalign.data.tokenizer import prepare
 
 __all__ = [
@@ -14,16 +21,25 @@ __all__ = [
     "Data",
     "DataConfig",
     "Examples",
+    "Filters",
     "HostBatch",
+    "LengthBias",
+    "MixtureOrder",
+    "MixturePart",
     "Problem",
+    "Removed",
     "Report",
     "Rows",
+    "Stream",
+    "StreamBatch",
+    "StreamBatches",
     "admit",
     "check",
     "encode",
     "encode_rows",
     "from_list",
     "inspect",
+    "length_bias",
     "load",
     "normalise",
     "prepare",

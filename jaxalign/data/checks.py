@@ -11,6 +11,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     from jaxalign.data.examples import Examples
+    from jaxalign.data.margins import LengthBias
+    from jaxalign.data.mixture import Share
 
 SHOWN = 10
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -87,12 +89,20 @@ class Report:
       eval: the evaluation data, if any.
       leaked: evaluation examples whose prompt is also in the training data, word for word.
       packing: measures of packing, as given by the caller's function.
+      filters: training examples that each filter removed.
+      parts: the parts of a mixture, by title.
+      bias: how lengths and preferences go together, if that was asked for.
+      note: what else is to be known of these numbers.
     """
 
     train: Part
     eval: Part | None = None
     leaked: int = 0
     packing: dict[str, float] = field(default_factory=dict)
+    filters: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, Share] = field(default_factory=dict)
+    bias: LengthBias | None = None
+    note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain dicts, lists and numbers, for JSON."""
@@ -103,6 +113,10 @@ class Report:
         lines = _describe("train", self.train)
         if self.eval is not None:
             lines += [*_describe("eval", self.eval), f"eval examples whose prompt is in train: {self.leaked}"]
+        lines += [f"filter {name}: {count} training examples removed" for name, count in self.filters.items()]
+        lines += [_describe_share(title, share) for title, share in self.parts.items()]
+        lines += [self.bias.line()] if self.bias is not None else []
+        lines += [self.note] if self.note else []
         return lines + [f"packing {name}: {value:.4g}" for name, value in self.packing.items()]
 
 
@@ -218,3 +232,8 @@ def _describe(name: str, part: Part) -> list[str]:
         spread = ", ".join(f"{at} {value}" for at, value in lengths.quantiles.items())
         lines.append(f"  {what} tokens: {lengths.tokens} in all, mean {lengths.mean:.1f}, {spread}")
     return lines
+
+
+def _describe_share(title: str, share: Share) -> str:
+    epoch = "" if share.per_epoch is None else f", {share.per_epoch} per epoch"
+    return f"part {title}: {share.used} of {share.rows} examples, {share.weight:.1%} of training{epoch}"

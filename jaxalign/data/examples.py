@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import datasets.config as datasets_config
@@ -16,11 +16,11 @@ import numpy as np
 import transformers
 from transformers import PreTrainedTokenizerFast
 
+from jaxalign.data.adapters import ADAPTERS
 from jaxalign.data.chat import Encoded, encode_batch
-from jaxalign.data.checks import Report, admit, check
 from jaxalign.data.formats import Bad, DataConfig
-from jaxalign.data.reading import Rows, quiet, read
-from jaxalign.data.tokenizer import digest, prepare
+from jaxalign.data.reading import Rows, quiet
+from jaxalign.data.tokenizer import digest
 
 ENCODING = "1"  # part of every cache key: raise it when the same row gives other tokens than before
 ARRAYS = {
@@ -57,6 +57,21 @@ class Ragged:
         return np.concatenate([np.diff(offsets) for _, offsets in self.chunks]).astype(np.int64)
 
 
+class RowsLike(Protocol):
+    """Rows with the file and line of each, see `Rows`."""
+
+    @property
+    def hashes(self) -> Mapping[str, str]:
+        """SHA-256 by file."""
+        ...
+
+    def __getitem__(self, i: int, /) -> dict[str, Any]: ...
+
+    def where(self, i: int, /) -> tuple[str, int]:
+        """File and line of row `i`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Examples:
     """Encoded examples: `examples[i]` is a dict of arrays as `chat.encode` gives them (views, not to be written to).
@@ -67,13 +82,15 @@ class Examples:
       reasons: kind and detail of the problem, by row, for bad rows.
       index: int64 `[examples]`, the rows that are examples, in order.
       rows: the rows as found, if they came from a data set: `examples.row(i)` has the columns that were not encoded.
+      parts: titles of the parts of a mixture, which `columns["part"]` counts; empty for a single data set.
     """
 
     arrays: Mapping[str, Ragged]
     columns: Mapping[str, np.ndarray]
     reasons: Mapping[int, tuple[str, str]]
     index: np.ndarray
-    rows: Rows | None = None
+    rows: RowsLike | None = None
+    parts: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -114,6 +131,11 @@ class Examples:
         """int64 `[examples]`, hashes of the prompts."""
         return self.columns["key"][self.index]
 
+    @property
+    def part_of(self) -> np.ndarray:
+        """int `[examples]`, number of the part of a mixture; 0 for a single data set."""
+        return self.columns["part"][self.index] if self.parts else np.zeros(len(self), np.int64)
+
     def good(self) -> Examples:
         """Without the bad ones."""
         return self.select(np.flatnonzero(~self.bad))
@@ -136,55 +158,6 @@ class Examples:
         if self.rows is None:
             raise ValueError("these examples were made in memory: there are no rows behind them")
         return self.rows[int(self.index[i])]
-
-
-@dataclass(frozen=True)
-class Data:
-    """Everything a run needs of its data.
-
-    Attributes:
-      train: examples; from `load` the good ones, from `inspect` all.
-      eval: likewise, to evaluate on.
-      report: what was found, for the user.
-      tokenizer: with the chat template and EOS that were used; export this one.
-    """
-
-    train: Examples
-    eval: Examples | None
-    report: Report
-    tokenizer: PreTrainedTokenizerFast
-
-
-Packing = Callable[[Mapping[str, np.ndarray]], Mapping[str, float]]
-
-
-def load(config: DataConfig, tokenizer: PreTrainedTokenizerFast, kind: str, packing: Packing | None = None) -> Data:
-    """Reads, encodes and checks the data; bad rows stop the run or are left out, as `config.on_bad` says.
-
-    Args:
-      config: what to read and how to encode it.
-      tokenizer: left as it is; see `tokenizer.prepare`.
-      kind: `sft`, `preference`, `ranking` or `prompt`.
-      packing: measures of packing for the report, see `checks.check`.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: bad rows, with file and line; wrong columns; nothing left; options that cannot work.
-    """
-    data = inspect(config, tokenizer, kind, packing)
-    evaluation = None if data.eval is None else admit(data.eval, config.on_bad, "evaluation")
-    return replace(data, train=admit(data.train, config.on_bad, "training"), eval=evaluation)
-
-
-def inspect(config: DataConfig, tokenizer: PreTrainedTokenizerFast, kind: str, packing: Packing | None = None) -> Data:
-    """Like `load`, but keeps bad rows, whatever `config.on_bad` says: for a report on the data."""
-    tokenizer = prepare(tokenizer, chat_template_path=config.chat_template_path, eos_token=config.eos_token)
-    train, evaluation = encode_rows(read(config, kind), tokenizer, kind, config), None
-    if config.eval_ratio is not None:
-        train, evaluation = hold_out(train, config.eval_ratio, config.seed)
-    elif config.eval_path is not None or config.eval_split is not None:
-        evaluation = encode_rows(read(config, kind, evaluation=True), tokenizer, kind, config)
-    return Data(train, evaluation, check(train, evaluation, packing), tokenizer)
 
 
 def hold_out(examples: Examples, ratio: float, seed: int) -> tuple[Examples, Examples]:
@@ -229,7 +202,8 @@ def cache_key(rows: Rows, tokenizer: PreTrainedTokenizerFast, kind: str, config:
     """SHA-256 of all that decides the encoded examples: rows, tokenizer, options and the version of the encoding."""
     chosen = {name: value for name, value in asdict(config).items() if name in OPTIONS}
     source = [rows.dataset._fingerprint, list(rows.hashes.values()), hashlib.sha256(rows.index.tobytes()).hexdigest()]
-    parts = [ENCODING, transformers.__version__, kind, chosen, source, dict(rows.columns), digest(tokenizer)]
+    adapter = [rows.format, ADAPTERS, dict(rows.columns)]
+    parts = [ENCODING, transformers.__version__, kind, chosen, source, adapter, digest(tokenizer)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -241,6 +215,16 @@ def from_list(examples: Sequence[Mapping[str, Any]]) -> Examples:
     zeros = np.zeros(len(examples), np.int64)
     columns = {"targets": np.asarray(targets), "cut": zeros, "key": zeros, "bad": zeros.astype(bool)}
     return Examples(arrays, columns, {}, np.arange(len(examples)))
+
+
+def from_results(results: Sequence[Encoded | Bad], kind: str, rows: RowsLike) -> Examples:
+    """Examples from what `encode_batch` gave of these rows, the bad ones among them."""
+    records = [_record(result, kind) for result in results]
+    reasons = {i: (result.kind, result.detail) for i, result in enumerate(results) if isinstance(result, Bad)}
+    columns = {name: np.asarray([record[name] for record in records]) for name in ("targets", "cut", "key")}
+    columns["bad"] = np.asarray([isinstance(result, Bad) for result in results])
+    arrays = {name: _ragged([record[name] for record in records], name) for name in ARRAYS[kind]}
+    return Examples(arrays, columns, reasons, np.arange(len(results)), rows)
 
 
 def _encode_columns(

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxalign.data.settings import Filters, MixturePart, check_sources
+
 # What serves a method, by the kind of example that it trains on: form -> the columns it needs; the first match counts.
 FORMS: dict[str, dict[str, tuple[str, ...]]] = {
     "sft": {"prompt-completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)},
@@ -43,14 +45,14 @@ class DataConfig:
     """Where the examples come from and how they become tokens.
 
     Attributes:
-      path: a file (JSON lines, JSON, Parquet, Arrow; the JSON ones also compressed), a glob, several of these, a folder
-        written by `save_to_disk`, or a data set's name on the Hub.
+      path: a file (JSON lines, JSON, CSV, Parquet, Arrow; the JSON and CSV ones also compressed), a glob, several of
+        these, a folder written by `save_to_disk`, or a data set's name on the Hub.
       name: subset of a Hub data set.
       split: split to train on; slices such as `train[:10%]` work everywhere. Files have the one split `train`.
       eval_path: like `path`, for evaluation.
       eval_split: split to evaluate on, of `eval_path` if given (then `train` by default), else of `path`.
       eval_ratio: share of the rows, in (0, 1), to hold out for evaluation; which ones depends on `seed` alone.
-      columns: our column name -> the data set's, for example `{"prompt": "question", "completion": "answer"}`.
+      columns: our column name -> the data set's, for example `{"prompt": "question", "completion": "answers.0.text"}`.
       dataset_text_field: the column of plain texts.
       max_length: most tokens of an example, prompt and (longer) completion together.
       max_prompt_length: most tokens of a prompt; None for no limit of its own.
@@ -64,9 +66,18 @@ class DataConfig:
       seed: of the shuffle and of `eval_ratio`.
       chat_template_path: a Jinja file, or a tokenizer's folder or Hub name, whose template is used.
       eos_token: the token that ends a completion, if not the tokenizer's own.
+      format: key of `FORMATS`, or `trl`; None finds it by the columns.
+      mixture: parts instead of `path`.
+      mixture_temperature: T; without weights, a part of n examples has a share proportional to `n ** (1 / T)`.
+      mixture_epoch: an epoch ends when the `first` part is used up, or when `all` are, shorter ones being repeated.
+      sort_by: column by whose values rows are ordered, for example a timestamp; needs `shuffle=False`.
+      filters: what is left out of the training data although it could be trained on.
+      streaming: read the training data while training, without a pass over them before.
+      shuffle_window: examples that are shuffled among each other when streaming.
+      stream_sample: examples at the beginning of a stream from which lengths are estimated.
     """
 
-    path: str | tuple[str, ...]
+    path: str | tuple[str, ...] | None = None
     name: str | None = None
     split: str = "train"
     eval_path: str | tuple[str, ...] | None = None
@@ -84,8 +95,18 @@ class DataConfig:
     seed: int = 42
     chat_template_path: str | None = None
     eos_token: str | None = None
+    format: str | None = None
+    mixture: tuple[MixturePart, ...] = ()
+    mixture_temperature: float = 1.0
+    mixture_epoch: str = "all"
+    sort_by: str | None = None
+    filters: Filters | None = None
+    streaming: bool = False
+    shuffle_window: int = 4096
+    stream_sample: int = 1000
 
     def __post_init__(self):
+        check_sources(self)
         _one_of("on_bad", self.on_bad, ("stop", "drop"))
         _one_of("truncation_mode", self.truncation_mode, (None, "keep_start", "keep_end"))
         if self.max_length < 2:

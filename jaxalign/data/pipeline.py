@@ -10,6 +10,7 @@ import grain
 import numpy as np
 
 from jaxalign.data.examples import Examples
+from jaxalign.data.mixture import MixtureOrder
 
 T = TypeVar("T")
 THREADS = 4
@@ -52,6 +53,7 @@ class Batches(Generic[T]):
       process: number of this process.
       processes: number of processes.
       prefetch: batches made ahead; 0 makes each when asked, in the caller's thread.
+      order: of a mixture, which then has its own seed, shuffle and length of an epoch.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Batches(Generic[T]):
         process: int = 0,
         processes: int = 1,
         prefetch: int = 2,
+        order: MixtureOrder | None = None,
     ):
         if not len(examples):
             raise ValueError("no examples to make batches of")
@@ -73,14 +76,17 @@ class Batches(Generic[T]):
             raise ValueError(f"batch_size={batch_size}, epochs={epochs} and prefetch={prefetch} must be positive")
         if not 0 <= process < processes:
             raise ValueError(f"process={process} is not one of {processes} processes")
-        self._count, self._batch_size = len(examples), batch_size
+        self._count, self._batch_size = len(examples) if order is None else len(order), batch_size
         self._process, self._processes = process, processes
         self._transform = transform
         self._sizes = examples.lengths["total"]
-        order = grain.MapDataset.range(len(examples))
-        if shuffle:
-            order = order.shuffle(seed=_mixed(seed))
-        batches = order.batch(batch_size, drop_remainder=False, batch_fn=_stacked).repeat(epochs)
+        places = grain.MapDataset.range(self._count)
+        if order is not None:
+            mixed = order
+            places = places.map_with_index(lambda place, _: mixed[place])
+        elif shuffle:
+            places = places.shuffle(seed=_mixed(seed))
+        batches = places.batch(batch_size, drop_remainder=False, batch_fn=_stacked).repeat(epochs)
         self._length = len(batches)
         threads = min(prefetch, THREADS)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)

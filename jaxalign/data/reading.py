@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-import bz2
 import contextlib
+import difflib
 import glob
-import gzip
 import hashlib
-import json
-import lzma
+import logging
 import re
-import zlib
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import datasets
 import numpy as np
 from datasets.config import HF_DATASETS_DISABLE_PROGRESS_BARS
 from datasets.exceptions import DatasetGenerationError
 
+from jaxalign.data.adapters import FORMATS, adapt, detect
+from jaxalign.data.files import LINE, OPENERS, RAW, csv_rows, json_rows, parse_json
 from jaxalign.data.formats import FORMS, NEEDS, Bad, DataConfig
 
+logger = logging.getLogger("jaxalign")
+
 READER = "1"  # part of every cache key: raise it when what is stored for a row changes
-RAW, LINE = "__json__", "__line__"
-BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+BUILDERS = {
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+# Builders whose rows are read here, as text: their files may be compressed.
+READERS: dict[str, Callable[[str], Iterator[dict[str, Any]]]] = {"json": json_rows, "csv": csv_rows}
 PEEKED_ROWS = 100
+MISSING = object()
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,8 @@ class Rows:
       index: int64 `[rows]`, the rows of `dataset` that are used, in order.
       columns: our column name -> the data set's.
       hashes: SHA-256 by file; empty for the Hub.
+      format: key of `FORMATS`; `trl` or None: the columns are as they should be.
+      kind: of example that the rows are to become.
     """
 
     dataset: datasets.Dataset
@@ -51,6 +60,8 @@ class Rows:
     index: np.ndarray
     columns: Mapping[str, str] = field(default_factory=dict)
     hashes: Mapping[str, str] = field(default_factory=dict)
+    format: str | None = None
+    kind: str = ""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -68,19 +79,38 @@ class Rows:
 
     def parse(self, stored: Mapping[str, Any]) -> dict[str, Any]:
         """A stored row as a dict under our column names."""
-        row = _parse_json(stored[RAW]) if RAW in stored else {name: _drop_none(value) for name, value in stored.items()}
-        return {**row, **{ours: row[theirs] for ours, theirs in self.columns.items() if theirs in row}}
+        return adapt(renamed(stored, self.columns), self.kind, self.format)
 
     def found(self, part: int) -> list[str]:
         """Columns of a file, under our names; for JSON, those of its first rows."""
         stop = self.starts[part + 1] if part + 1 < len(self.starts) else len(self.dataset)
-        names: dict[str, None] = {}
-        if RAW not in self.dataset.column_names:
-            return [*self.dataset.column_names, *(o for o, t in self.columns.items() if t in self.dataset.column_names)]
+        names = {} if RAW in self.dataset.column_names else dict.fromkeys(self.dataset.column_names)
         for i in range(self.starts[part], min(stop, self.starts[part] + PEEKED_ROWS)):
             with contextlib.suppress(Bad):  # broken lines are reported with all other problems
                 names.update(dict.fromkeys(self.parse(self.dataset[i])))
         return list(names)
+
+
+def renamed(stored: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A stored row as a dict, with the columns that are mapped; raises `Bad` where its line is no JSON object."""
+    row = parse_json(stored[RAW]) if RAW in stored else {name: _drop_none(value) for name, value in stored.items()}
+    mapped = {ours: look_up(row, theirs) for ours, theirs in columns.items()}
+    return {**row, **{ours: value for ours, value in mapped.items() if value is not MISSING}}
+
+
+def look_up(row: Mapping[str, Any], name: str) -> Any:
+    """A column, or what lies below it: `a.b` of an object, `a.0` of a list; `MISSING` if there is none."""
+    if name in row:
+        return row[name]
+    value: Any = row
+    for step in name.split("."):
+        if isinstance(value, Mapping) and step in value:
+            value = value[step]
+        elif isinstance(value, list) and re.fullmatch(r"-?\d+", step) and -len(value) <= int(step) < len(value):
+            value = value[int(step)]
+        else:
+            return MISSING
+    return value
 
 
 def read(config: DataConfig, kind: str, *, evaluation: bool = False) -> Rows:
@@ -97,21 +127,87 @@ def read(config: DataConfig, kind: str, *, evaluation: bool = False) -> Rows:
     """
     if evaluation:
         split = config.eval_split or ("train" if config.eval_path else config.split)
-        config = replace(config, path=config.eval_path or config.path, split=split, eval_path=None, eval_split=None)
-    columns = dict(config.columns)
-    if config.dataset_text_field != "text":
-        columns = {"text": config.dataset_text_field, **columns}
-    rows = replace(_read(config), columns=columns)
-    for part, path in enumerate(rows.paths):
-        _check_columns(path, rows.found(part), kind)
-    return rows
+        path, whole = (
+            config.eval_path or config.path,
+            {"mixture": (), "mixture_temperature": 1.0, "mixture_epoch": "all"},
+        )
+        whole |= {"filters": None, "sort_by": None, "streaming": False, "eval_path": None, "eval_split": None}
+        config = replace(config, path=path, split=split, **whole)
+    rows = replace(_read(config), columns=mapping(config), kind=kind)
+    found = {path: rows.found(part) for part, path in enumerate(rows.paths)}
+    formats = {path: choose_format(path, names, config, kind) for path, names in found.items() if names}
+    if len(set(formats.values())) > 1:
+        listed = ", ".join(f"{path} is {name}" for path, name in formats.items())
+        raise ValueError(f"files of one data set have one format: {listed}; name them as parts of data.mixture")
+    rows = replace(rows, format=next(iter(formats.values()), config.format))
+    if rows.format == "trl" and kind == "preference":
+        _hint(rows)
+    return rows if config.sort_by is None else replace(rows, index=_sorted(rows, config.sort_by))
+
+
+def mapping(config: DataConfig) -> dict[str, str]:
+    """Our column name -> the data set's."""
+    texts = {} if config.dataset_text_field == "text" else {"text": config.dataset_text_field}
+    return {**texts, **config.columns}
+
+
+def choose_format(path: str, found: Sequence[str], config: DataConfig, kind: str) -> str:
+    """The format of a file with these columns (under our names); raises ValueError where none serves, or several do."""
+    for ours, theirs in mapping(config).items():
+        if ours not in found:
+            near = difflib.get_close_matches(theirs.split(".")[0], found, 1, 0.6)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"{path}: columns: {ours}: {theirs!r} is in none of the first rows; there are {', '.join(found)}{hint}"
+            )
+    if config.format is not None and config.format not in ("trl", *FORMATS):
+        near = difflib.get_close_matches(config.format, FORMATS, 1, 0.6)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: trl, {', '.join(FORMATS)}"
+        raise ValueError(f"data.format={config.format!r} is no format; {hint}")
+    try:
+        chosen = config.format or detect(found, kind)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if chosen in (None, "trl"):
+        _check_columns(path, found, kind)
+    return chosen or "trl"
+
+
+def _hint(rows: Rows) -> None:
+    """Tells of dialogues that are about to be taken for plain texts."""
+    with contextlib.suppress(Bad):
+        if str(rows.parse(rows.dataset[0]).get("chosen")).lstrip().startswith("Human:"):
+            logger.warning("%s: chosen begins with `Human:`; data.format=hh makes messages of it", rows.paths[0])
+
+
+def _sorted(rows: Rows, column: str) -> np.ndarray:
+    """The rows' index by a column, stable; rows that cannot be read come last, and are reported later."""
+    values: list[tuple[Any, int]] = []
+    unread: list[int] = []
+    for i, row in enumerate(rows.index.tolist()):
+        try:
+            value = look_up(rows.parse(rows.dataset[row]), column)
+        except Bad:
+            unread.append(row)
+            continue
+        kinds = (int, float) if not values or isinstance(values[0][0], int | float) else (str,)
+        if isinstance(value, bool) or not isinstance(value, (int, float, str) if not values else kinds):
+            shown = "nothing" if value is MISSING else repr(value)
+            path, line = rows.where(i)
+            raise ValueError(
+                f"{path}:{line}: data.sort_by={column!r} is {shown} here; all must be numbers, or all text"
+            )
+        values.append((value, row))
+    return np.asarray([row for _, row in sorted(values, key=lambda each: each[0])] + unread, np.int64)
 
 
 def _read(config: DataConfig) -> Rows:
+    if config.path is None:
+        raise ValueError("data.path is missing: name what to read")
     given = [config.path] if isinstance(config.path, str) else list(config.path)
     if len(given) == 1 and Path(given[0]).is_dir():
         return _read_folder(given[0], config.split)
-    files = [file for pattern in given for file in _expand(pattern)]
+    files = [file for pattern in given for file in expand(pattern)]
     if files:
         return _read_files(files, config.split)
     if len(given) > 1:
@@ -119,7 +215,8 @@ def _read(config: DataConfig) -> Rows:
     return _read_hub(given[0], config.name, config.split)
 
 
-def _expand(pattern: str) -> list[str]:
+def expand(pattern: str) -> list[str]:
+    """The files that a path or a glob names, sorted; none if it may be a data set on the Hub."""
     if Path(pattern).is_file():
         return [pattern]
     if re.search(r"[*?\[]", pattern):
@@ -128,26 +225,27 @@ def _expand(pattern: str) -> list[str]:
             raise FileNotFoundError(f"{pattern}: no file matches")
         return files
     # "owner/name" or "name" may be a data set on the Hub; whatever looks like a path must exist.
-    if _suffix(pattern) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", pattern) or pattern.startswith("."):
+    if suffix_of(pattern) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", pattern) or pattern.startswith("."):
         raise FileNotFoundError(f"{pattern}: no such file or folder")
     return []
 
 
-def _suffix(path: str) -> str:
-    """The suffix that says what is in a file, or "" where it is unknown; only JSON is read compressed."""
+def suffix_of(path: str) -> str:
+    """The suffix that says what is in a file, or "" where it is unknown; only JSON and CSV are read compressed."""
     name = Path(path.lower())
     if name.suffix in OPENERS:
-        return name.with_suffix("").suffix if BUILDERS.get(name.with_suffix("").suffix) == "json" else ""
+        return name.with_suffix("").suffix if BUILDERS.get(name.with_suffix("").suffix) in READERS else ""
     return name.suffix if name.suffix in BUILDERS else ""
 
 
 def _read_files(files: Sequence[str], split: str) -> Rows:
     parts, hashes = [], {}
     for path in files:
-        suffix = _suffix(path)
+        suffix = suffix_of(path)
         if not suffix:
             raise ValueError(
-                f"{path}: unknown type of file; known are {', '.join(BUILDERS)}, JSON also as .gz/.bz2/.xz"
+                f"{path}: unknown type of file; known are {', '.join(BUILDERS)}, "
+                f"JSON and CSV also as {'/'.join(OPENERS)}"
             )
         with open(path, "rb") as file:
             hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -164,69 +262,19 @@ def _read_files(files: Sequence[str], split: str) -> Rows:
 
 def _read_file(path: str, builder: str, digest: str) -> datasets.Dataset:
     with quiet():
-        if builder != "json":
+        if builder not in READERS:
             return cast(datasets.Dataset, datasets.load_dataset(builder, data_files=[path], split="train"))
         features = datasets.Features({RAW: datasets.Value("binary"), LINE: datasets.Value("int64")})
-        fingerprint = hashlib.sha256(f"{READER} {digest}".encode()).hexdigest()[:32]
+        fingerprint = hashlib.sha256(f"{READER} {builder} {digest}".encode()).hexdigest()[:32]
         try:
             return cast(
                 datasets.Dataset,
                 datasets.Dataset.from_generator(
-                    json_rows, features=features, gen_kwargs={"path": path}, fingerprint=fingerprint
+                    READERS[builder], features=features, gen_kwargs={"path": path}, fingerprint=fingerprint
                 ),
             )
         except DatasetGenerationError as error:
             raise error.__cause__ or error from None  # ours, from json_rows, says which file and line
-
-
-def json_rows(path: str) -> Iterator[dict[str, Any]]:
-    """Rows of a JSON-lines file, or of a JSON file that holds one list, each with the line it starts in.
-
-    Lines are not parsed here. A list is read into memory whole.
-    """
-    try:
-        with _open(path) as file:
-            start = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-        if not start:
-            raise ValueError(f"{path}: no rows")
-        with _open(path) as file:
-            if start == b"[":
-                yield from _elements(path, file.read().decode("utf-8-sig"))
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield {RAW: line.strip(), LINE: number}
-    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: damaged file: {error}") from error
-
-
-def _open(path: str) -> BinaryIO:
-    return cast(BinaryIO, OPENERS.get(Path(path).suffix.lower(), open)(path, "rb"))
-
-
-def _elements(path: str, text: str) -> Iterator[dict[str, Any]]:
-    decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
-
-    def skip(at: int) -> int:
-        return cast(re.Match, blank.match(text, at)).end()
-
-    at, seen, line = skip(text.index("[") + 1), 0, 1
-    if text[at : at + 1] == "]":
-        raise ValueError(f"{path}: no rows")
-    try:
-        while text[at : at + 1] != "]":
-            _, end = decoder.raw_decode(text, at)
-            line, seen = line + text.count("\n", seen, at), at
-            yield {RAW: text[at:end].encode(), LINE: line}
-            at = skip(end)
-            if text[at : at + 1] == ",":
-                at = skip(at + 1)
-            elif text[at : at + 1] != "]":
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
-        if skip(at + 1) != len(text):
-            raise json.JSONDecodeError("Extra data", text, skip(at + 1))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: wrong JSON: {error.msg} at column {error.colno}") from error
 
 
 def _read_folder(path: str, split: str) -> Rows:
@@ -278,20 +326,6 @@ def _check_columns(path: str, found: Sequence[str], kind: str) -> None:
             f"{path}: columns {', '.join(found)} do not serve; needed: {NEEDS[kind]} "
             "(`columns` renames, for example {prompt: question, completion: answer})"
         )
-
-
-def _parse_json(line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise Bad("wrong JSON", f"{error.msg} at column {error.colno}") from error
-    except UnicodeDecodeError as error:
-        raise Bad("wrong JSON", f"not UTF-8: {error.reason} at byte {error.start + 1}") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists thousands deep
-        raise Bad("wrong JSON", str(error)) from error
-    if not isinstance(row, dict):
-        raise Bad("wrong JSON", f"a {type(row).__name__}, not an object with columns")
-    return row
 
 
 def _drop_none(value: Any) -> Any:

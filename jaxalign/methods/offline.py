@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign.data import Batches, Examples
+from jaxalign.data import Bad, Batches, Examples, MixtureOrder, Removed, Stream, StreamBatch, StreamBatches
 from jaxalign.methods.common import Example
 from jaxalign.models import ModelConfig
 from jaxalign.models.config import count_params
@@ -35,6 +35,18 @@ class ExampleList(Protocol):
 
     def __getitem__(self, i: int, /) -> Example:
         """Example `i`."""
+        ...
+
+
+class Keep(Protocol):
+    """Takes the rows that a stream left out."""
+
+    def __call__(self, number: int, removed: Sequence[Removed], /) -> None:
+        """Those left out on the way to batch `number`."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more comes."""
         ...
 
 
@@ -74,10 +86,17 @@ class OfflineSource:
       batches: packed batches, see `make_batches`.
       mesh: where they go.
       fill: adds what the loss needs and the examples do not carry, for example `ref_logps`.
+      keep: takes the number of a batch, from 1, and the rows that a stream left out on the way to it.
     """
 
-    def __init__(self, batches: Batches[Packed], mesh: Mesh, fill: Callable[[Batch], Batch] | None = None):
-        self._batches, self._mesh, self._fill = batches, mesh, fill
+    def __init__(
+        self,
+        batches: Batches[Packed] | StreamBatches[Packed],
+        mesh: Mesh,
+        fill: Callable[[Batch], Batch] | None = None,
+        keep: Keep | None = None,
+    ):
+        self._batches, self._mesh, self._fill, self._keep = batches, mesh, fill, keep
         self._num_tokens = 0
 
     def next(self, state: Any) -> tuple[Batch, dict[str, float | int]]:
@@ -86,10 +105,14 @@ class OfflineSource:
         host = next(self._batches)
         self._num_tokens += host.data.num_tokens
         batch = place_batch(self._mesh, host.data.batch)
-        metrics = {"epoch": host.epoch, "num_tokens": self._num_tokens}
+        metrics: dict[str, float | int] = {"epoch": host.epoch, "num_tokens": self._num_tokens}
+        if isinstance(host, StreamBatch):
+            metrics["dropped_rows"] = host.dropped
+            if host.removed and self._keep is not None:
+                self._keep(self._batches.state()["position"], host.removed)
         return (self._fill(batch) if self._fill else batch), metrics
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint needs to go on with the batch after the last one given."""
         return {**self._batches.state(), "num_tokens": self._num_tokens}
 
@@ -101,6 +124,8 @@ class OfflineSource:
     def close(self) -> None:
         """Ends the prefetching threads."""
         self._batches.close()
+        if self._keep is not None:
+            self._keep.close()
 
 
 def make_layout(
@@ -114,8 +139,11 @@ def make_layout(
     micro_batch_size: int | None = None,
     row_length: int | str = "auto",
     seed: int = 0,
+    least: int = 0,
 ) -> Layout:
     """The layout that serves all given data sets; with `auto`, the row length that is cheapest for the first.
+
+    Rows are at least `least` tokens long then.
 
     Raises:
       ValueError: a micro-batch that the processes cannot share evenly, or an example longer than `row_length`.
@@ -138,7 +166,8 @@ def make_layout(
         # A tensor core or a systolic array wants multiples of 128; on CPU padding costs more than an odd shape.
         multiple = 32 if mesh.devices.flat[0].platform == "cpu" else 128
         weight = attention_weight(model)
-        length = choose_length(pieces, micro, attention_weight=weight, multiple=multiple, longest=longest)
+        needed = max(longest, least)
+        length = choose_length(pieces, micro, attention_weight=weight, multiple=multiple, longest=needed)
     return Layout(batch_size, micro, length, data_shards(mesh) // processes, jax.process_index(), processes)
 
 
@@ -165,6 +194,7 @@ def make_batches(
     epochs: int | None = 1,
     shuffle: bool = True,
     prefetch: int = 2,
+    order: MixtureOrder | None = None,
 ) -> Batches[Packed]:
     """Packed batches in global order, prefetched.
 
@@ -178,6 +208,7 @@ def make_batches(
       epochs: passes; None for ever.
       shuffle: a new order each epoch.
       prefetch: batches made ahead.
+      order: of a mixture, see `Batches`.
     """
     source = examples if lookup is None else lookup
 
@@ -191,6 +222,31 @@ def make_batches(
         seed=seed,
         epochs=epochs,
         shuffle=shuffle,
+        process=layout.process,
+        processes=layout.processes,
+        prefetch=prefetch,
+        order=order,
+    )
+
+
+def make_stream_batches(
+    method: ModuleType, config: Any, stream: Stream, layout: Layout, *, prefetch: int = 2
+) -> StreamBatches[Packed]:
+    """Packed batches of a stream; an example that does not fit a row is bad data, as `on_bad` says."""
+
+    def check(example: Example) -> None:
+        longest = max(piece.size for piece in _pieces(method, config, example))
+        if longest > layout.length:
+            raise Bad("longer than a row", f"{longest} tokens; set train.row_length, which is {layout.length} here")
+
+    def pack(examples: Sequence[Example]) -> Packed:
+        return pack_global(method, config, examples, layout)
+
+    return StreamBatches(
+        stream,
+        layout.batch_size,
+        pack,
+        check=check,
         process=layout.process,
         processes=layout.processes,
         prefetch=prefetch,

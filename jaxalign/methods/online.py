@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxalign.data import MixtureOrder
 from jaxalign.methods.offline import Layout
 from jaxalign.methods.rollout import (
     Draw,
@@ -103,6 +104,7 @@ class OnlineSource:
       key: the run's key.
       seed: of the order of prompts.
       shuffle: a new order each epoch; else the order of the data.
+      order: of a mixture, which then has its own seed, shuffle and length of an epoch.
     """
 
     def __init__(
@@ -116,7 +118,9 @@ class OnlineSource:
         key: jax.Array,
         seed: int = 0,
         shuffle: bool = True,
+        order: MixtureOrder | None = None,
     ):
+        self._mixture = order
         self._method, self._config, self._parts, self._layout, self._mesh = method, config, parts, layout, mesh
         self._key, self._seed, self._shuffle = jax.random.fold_in(key, ROLLOUTS), seed, shuffle
         self._progress = _Progress()
@@ -146,7 +150,7 @@ class OnlineSource:
         tokens = size * int(experience.prompt_lengths[members].sum()) + int(experience.lengths[own].sum())
         self._progress.num_tokens += tokens
         metrics["num_tokens"] = self._progress.num_tokens
-        metrics["epoch"] = self._progress.position / len(self._parts.prompts)
+        metrics["epoch"] = self._progress.position / self._epoch_size
         return batch, metrics
 
     def state(self) -> dict[str, Any]:
@@ -178,14 +182,20 @@ class OnlineSource:
 
     def _take(self, count: int) -> np.ndarray:
         """Numbers of the next prompts; an epoch's order is a function of the seed and its number."""
-        total, start = len(self._parts.prompts), self._progress.position
+        total, start = self._epoch_size, self._progress.position
         epochs = range(start // total, (start + count - 1) // total + 1)
         orders = np.concatenate([self._order(epoch) for epoch in epochs])
         self._progress.position += count
         return orders[start % total :][:count].astype(np.int64)
 
+    @property
+    def _epoch_size(self) -> int:
+        return len(self._parts.prompts if self._mixture is None else self._mixture)
+
     def _order(self, epoch: int) -> np.ndarray:
-        total = len(self._parts.prompts)
+        total = self._epoch_size
+        if self._mixture is not None:
+            return np.asarray([self._mixture[place] for place in range(epoch * total, (epoch + 1) * total)])
         return np.random.default_rng([self._seed, epoch]).permutation(total) if self._shuffle else np.arange(total)
 
     def _refill(self, params: PyTree) -> dict[str, Metric | float | int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from jaxalign.run.folder import create_folder, describe_backend, find_folder, lo
 from jaxalign.run.inputs import Say
 from jaxalign.run.prepare import Prepared, check_data, prepare, resolve_dtype
 from jaxalign.run.stage import MakeProgress, StageResult, finished, run_stage
+from jaxalign.run.stream import write_removed
 from jaxalign.training.loop import Show
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "prepare",
     "resolve_dtype",
     "run",
+    "write_removed",
 ]
 
 
@@ -126,11 +128,17 @@ def resolve_inputs(stage: Stage, policies: Mapping[str, str]) -> Stage:
 
 
 def _lineage(ready: Prepared) -> dict[str, Any]:
-    model, rows = ready.stage.model, [each.rows for each in (ready.data.train, ready.data.eval) if each is not None]
+    model, report, rows = (
+        ready.stage.model,
+        ready.data.report,
+        [each.rows for each in (ready.data.train, ready.data.eval) if each is not None],
+    )
     return {
         "policy": {"from": model.path, "sha256": models.fingerprint(model.path)},
         "reference": model.reference and {"from": model.reference, "sha256": models.fingerprint(model.reference)},
         "data": {path: digest for each in rows if each is not None for path, digest in each.hashes.items()},
+        **({"parts": {title: asdict(share) for title, share in report.parts.items()}} if report.parts else {}),
+        **({"removed": report.filters} if report.filters else {}),
     }
 
 

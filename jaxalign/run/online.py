@@ -193,7 +193,15 @@ def make_online_source(
     )
     config = replace(stage.method, reward_weights=weights_of(ready, scoring))
     return OnlineSource(
-        ready.method, config, parts, ready.layout, ready.mesh, key=key, seed=stage.data.seed, shuffle=stage.data.shuffle
+        ready.method,
+        config,
+        parts,
+        ready.layout,
+        ready.mesh,
+        key=key,
+        seed=stage.data.seed,
+        shuffle=stage.data.shuffle,
+        order=ready.data.order,
     )
 
 

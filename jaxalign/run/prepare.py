@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, cast
 
@@ -70,6 +70,7 @@ def prepare(stage: Stage) -> Prepared:
             f"data.max_length={stage.data.max_length} exceeds the model's context of {config.max_position}"
         )
     found = data.load(stage.data, models.load_tokenizer(stage.model.path), method.KIND)
+    check_streaming(stage, found)
     layout = _layout(stage, [each for each in (found.train, found.eval) if each is not None], config, mesh)
     model = models.build(
         config,
@@ -79,12 +80,32 @@ def prepare(stage: Stage) -> Prepared:
     )
     steps = stage.train.max_steps
     if steps < 1:
-        steps = math.ceil(stage.train.num_train_epochs * steps_per_epoch(stage, len(found.train)))
+        steps = math.ceil(stage.train.num_train_epochs * steps_per_epoch(stage, found.epoch_size))
     make_optimizer(stage.optimizer, steps)
     check_writers(stage.log.report_to)
     ready = Prepared(stage, method, mesh, found, model, layout, steps)
     _check_evaluation(ready)
     return ready
+
+
+def check_streaming(stage: Stage, found: data.Data) -> None:
+    """Raises ValueError, naming the key, where a stage asks for what a stream cannot give."""
+    if found.stream is None:
+        return
+    method = METHODS[stage.method_name]
+    if is_online(method):
+        raise ValueError(f"data.streaming: {stage.method_name} draws from a list of prompts; set it to false")
+    if getattr(stage.method, "precompute_ref_log_probs", False):
+        raise ValueError(
+            "method.precompute_ref_log_probs does not go with data.streaming: it is a pass over all data; set it to "
+            "false, and the reference runs on every batch"
+        )
+    if trains_scores(method) and stage.method.normalize:
+        raise ValueError("method.normalize does not go with data.streaming: it is a pass over training data")
+    if stage.train.max_steps < 1:
+        raise ValueError("train.max_steps is needed with data.streaming: nobody knows how long an epoch is")
+    if found.eval is not None and stage.train.eval_steps is None:
+        raise ValueError("train.eval_steps is needed with data.streaming: nobody knows where an epoch ends")
 
 
 def steps_per_epoch(stage: Stage, examples: int) -> int:
@@ -195,7 +216,9 @@ def check_data(stage: Stage) -> tuple[data.Data, dict[str, float]]:
     """The data as found, bad rows kept, and the measures of packing the good ones."""
     method, config = METHODS[stage.method_name], models.load_config(stage.model.path)
     found = data.inspect(stage.data, models.load_tokenizer(stage.model.path), method.KIND)
+    check_streaming(stage, found)
     good = found.train.good()
+    found = replace(found, report=replace(found.report, bias=data.length_bias(good)))
     if not len(good):
         return found, {}
     layout = _layout(stage, [good], config, make_mesh(stage.mesh))
@@ -217,6 +240,8 @@ def _layout(stage: Stage, examples: list[data.Examples], config: models.ModelCon
         micro_batch_size=stage.train.micro_batch_size,
         row_length=stage.train.row_length,
         seed=stage.data.seed,
+        # Of a stream only the beginning is known: what may come is at least this long.
+        least=stage.data.max_length if stage.data.streaming else 0,
     )
 
 

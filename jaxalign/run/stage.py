@@ -32,6 +32,7 @@ from jaxalign.run.online import (
 )
 from jaxalign.run.prepare import Prepared, best_metric, resolve_dtype, steps_per_epoch
 from jaxalign.run.scores import finish_scores
+from jaxalign.run.stream import REMOVED, make_stream_source, write_removed
 from jaxalign.sharding import param_shardings
 from jaxalign.training import loop
 from jaxalign.training.checkpoint import Checkpoints
@@ -84,6 +85,9 @@ def run_stage(
     title = stage.name or stage.method_name
     for line in ready.data.report.lines():
         say(f"{title}: {line}")
+    if ready.data.removed and ready.data.stream is None:
+        write_removed(folder / REMOVED, ready.data.removed)
+        say(f"{title}: {len(ready.data.removed)} rows left out are in {folder / REMOVED}")
     shape = f"{ready.num_steps} steps of {stage.train.batch_size} examples in rows of {ready.layout.length} tokens"
     say(f"{title}: {shape}, computed in {resolve_dtype(stage.model.compute_dtype)}")
     with Checkpoints(folder / "checkpoints", save_total_limit=stage.train.save_total_limit) as checkpoints:
@@ -222,7 +226,7 @@ def _offline(ready: Prepared, folder: Path, key: jax.Array, say: Say) -> _Start:
 
     def pieces(frozen: Variables) -> _Pieces:
         load.cache_clear()
-        source = _make_source(ready, examples)
+        source = _make_source(ready, examples, folder)
         return _Pieces(source, _make_evaluate(ready, examples, frozen), lambda: _make_on_sample(ready, frozen))
 
     # A live reference may be these very variables.
@@ -259,8 +263,10 @@ def _make_evaluate(ready: Prepared, examples: Examples, frozen: Variables) -> lo
     return lambda state: evaluate(state.params, frozen)
 
 
-def _make_source(ready: Prepared, examples: Examples) -> OfflineSource:
+def _make_source(ready: Prepared, examples: Examples, folder: Path) -> OfflineSource:
     data, train = ready.stage.data, ready.stage.train
+    if ready.data.stream is not None:
+        return make_stream_source(ready, ready.data.stream, examples, folder)
     return make_source(
         ready.method,
         ready.stage.method,
@@ -273,6 +279,7 @@ def _make_source(ready: Prepared, examples: Examples) -> OfflineSource:
         epochs=None,
         shuffle=data.shuffle,
         prefetch=train.prefetch,
+        order=ready.data.order,
     )
 
 
@@ -283,7 +290,7 @@ def _loop_config(ready: Prepared) -> loop.Config:
         num_steps=ready.num_steps,
         logging_steps=log.logging_steps,
         save_steps=train.save_steps,
-        eval_steps=(train.eval_steps or steps_per_epoch(ready.stage, len(ready.data.train))) if watched else None,
+        eval_steps=(train.eval_steps or steps_per_epoch(ready.stage, ready.data.epoch_size)) if watched else None,
         sample_steps=log.sample_steps,
         metric_for_best_model=best_metric(ready.stage) if watched else None,
         greater_is_better=train.greater_is_better,

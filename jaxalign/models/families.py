@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from jaxalign.models import sparse_families
 from jaxalign.models.config import ModelConfig, locate
 from jaxalign.models.heads import read_heads, write_heads
 from jaxalign.models.rope_windows import all_windowed, late_windowed, read_rope, write_late_windows, write_rope
@@ -32,6 +33,7 @@ class Tensor:
       layout: `linear` = `[out, in]`, transposed to `[in, out]`; `plain` = the same order of numbers. Either is then
         reshaped to the leaf's shape.
       part: `(i, n)`: the leaf is the i-th of n equal parts of the tensor's last axis.
+      expert: index on the axis after it, of a leaf that holds the matrices of all experts.
     """
 
     name: str
@@ -39,6 +41,12 @@ class Tensor:
     repeat: int | None = None
     layout: Literal["linear", "plain"] = "plain"
     part: tuple[int, int] | None = None
+    expert: int | None = None
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Index on the leaf's stacked axes."""
+        return tuple(index for index in (self.repeat, self.expert) if index is not None)
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Family:
       defaults: our field -> value, or function of the config.json, when that key is missing or null.
       fixed: fields that are the same for the whole family.
       windows: reads the windows of all layers from a config.json.
-      names: our leaf -> (tensor name, layout[, part]); `{}` is the layer.
+      names: our leaf -> (tensor name, layout[, part]); `{}` is the layer, a second `{}` the expert.
       refuses: config.json key -> the only value that we compute rightly.
       write: extra config.json keys from our config.
     """
@@ -134,9 +142,12 @@ def tensors(config: ModelConfig) -> list[Tensor]:
             found.append(Tensor(name, path, None, **rest))
             continue
         for layer in range(config.num_layers):
+            if not sparse_families.in_layer(config, path[1], layer):
+                continue
             segment, repeat, place = locate(config, layer)
             where = (f"segment_{segment}", f"block_{place}", *path[1:])
-            found.append(Tensor(name.format(layer), where, repeat, **rest))
+            experts = range(config.num_experts) if name.count("{}") > 1 else (None,)
+            found += [Tensor(name.format(layer, e), where, repeat, expert=e, **rest) for e in experts]
     return found
 
 
@@ -327,4 +338,7 @@ FAMILIES: dict[str, Family] = {
         write=lambda config: {"embd_pdrop": config.dropout},
         names=_GPT2_NAMES,
     ),
+    "mixtral": Family(**sparse_families.mixtral(_LLAMA_KEYS, _LLAMA_DEFAULTS, _LLAMA_NAMES)),
+    "qwen2_moe": Family(**sparse_families.qwen2_moe(_LLAMA_KEYS, _LLAMA_DEFAULTS, _LLAMA_NAMES)),
+    "qwen3_moe": Family(**sparse_families.qwen3_moe(_LLAMA_KEYS, _LLAMA_DEFAULTS, _LLAMA_NAMES)),
 }

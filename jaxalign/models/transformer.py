@@ -11,10 +11,12 @@ from typing import Any, Literal, cast
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from jaxalign.models.attention import Keys, attend, cache_mask, rows_mask
 from jaxalign.models.cache import Cache, layer_of, write
-from jaxalign.models.config import DType, ModelConfig, Rope, segments
+from jaxalign.models.config import DType, ModelConfig, Rope, Segment, segments
+from jaxalign.models.experts import Experts, Sums, add_sums
 from jaxalign.models.heads import init_score_kernel
 from jaxalign.types import Array, TokenRows, Variables
 
@@ -38,9 +40,10 @@ class Model:
     Attributes:
       config: what it computes.
       init: `key -> variables`, a random model (normal, standard deviation 0.02).
-      apply: `(variables, rows, cache=None, *, key=None) -> (hidden [rows, length, embed_dim], cache, aux)`. With a
-        cache, row i continues slot i and the returned cache holds the new tokens too; dropout is on only with a key;
-        `aux` is a dict of float32 scalars to add to a loss, empty for dense models.
+      apply: `(variables, rows, cache=None, *, key=None, weights=None) -> (hidden [rows, length, embed_dim], cache,
+        aux)`. With a cache, row i continues slot i and the returned cache holds the new tokens too; dropout is on only
+        with a key; `aux` holds `experts.router_sums` over the layers of a sparse model (not with a cache), in which a
+        token counts as often as `weights` `[rows, length]` says, by default once.
       logits: `(variables, hidden [..., embed_dim]) -> float32 [..., vocab_size]`.
       scores: `(variables, hidden [..., embed_dim]) -> float32 [...]`, one number per hidden state: a reward or a value.
       rebuild: `config -> Model`, another config with the same dtypes and rematerialisation.
@@ -60,7 +63,12 @@ class Model:
 
 
 def build(
-    config: ModelConfig, *, param_dtype: DType = "float32", compute_dtype: DType = "float32", remat: Remat = "none"
+    config: ModelConfig,
+    *,
+    param_dtype: DType = "float32",
+    compute_dtype: DType = "float32",
+    remat: Remat = "none",
+    mesh: Mesh | None = None,
 ) -> Model:
     """Builds the decoder.
 
@@ -69,23 +77,28 @@ def build(
       param_dtype: dtype of the parameters that `init` makes.
       compute_dtype: dtype of activations and matrix products; norms, softmax, logits and scores are float32 or wider.
       remat: what the backward pass recomputes: nothing, all but matrix products, or whole blocks.
+      mesh: the mesh that it will run on, of which only experts need to know.
     """
-    return _build(config, param_dtype, compute_dtype, remat)
+    return _build(config, param_dtype, compute_dtype, remat, mesh)
 
 
 def _build(
-    config: ModelConfig, param_dtype: DType, compute_dtype: DType, remat: Remat, unrolled: bool = False
+    config: ModelConfig,
+    param_dtype: DType,
+    compute_dtype: DType,
+    remat: Remat,
+    mesh: Mesh | None,
+    unrolled: bool = False,
 ) -> Model:
-    decoder = _Decoder(config, jnp.dtype(param_dtype), jnp.dtype(compute_dtype), remat, unrolled)
+    decoder = _Decoder(config, jnp.dtype(param_dtype), jnp.dtype(compute_dtype), remat, mesh, unrolled)
 
     def init(key: jax.Array) -> Variables:
         rows = TokenRows.from_padded(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
         return {"params": decoder.init(key, rows, None)["params"]}
 
-    def apply(variables: Variables, rows: TokenRows, cache: Cache | None = None, *, key: jax.Array | None = None):
+    def apply(variables: Variables, rows: TokenRows, cache: Cache | None = None, *, key=None, weights=None):
         rngs = {} if key is None else {"dropout": key}
-        read = cast("tuple[jax.Array, Cache | None]", decoder.apply(variables, rows, cache, rngs=rngs))
-        return *read, {}
+        return cast("tuple[jax.Array, Cache | None, Sums]", decoder.apply(variables, rows, cache, weights, rngs=rngs))
 
     def logits(variables: Variables, hidden: Array) -> jax.Array:
         if not config.lm_head:
@@ -109,10 +122,10 @@ def _build(
         return product.reshape(hidden.shape[:-1]) + config.score_bias
 
     def rebuild(other: ModelConfig) -> Model:
-        return _build(other, param_dtype, compute_dtype, remat, unrolled)
+        return _build(other, param_dtype, compute_dtype, remat, mesh, unrolled)
 
     def unroll():
-        apart = _build(config, param_dtype, compute_dtype, remat, unrolled=True)
+        apart = _build(config, param_dtype, compute_dtype, remat, mesh, unrolled=True)
         return apart, partial(_unroll, config, jnp.dtype(compute_dtype))
 
     return Model(config, init, apply, logits, scores, rebuild, unroll)
@@ -232,17 +245,24 @@ class _Mlp(nn.Module):
 class _Block(nn.Module):
     config: ModelConfig
     param_dtype: jnp.dtype
+    sparse: bool
+    mesh: Mesh | None
 
     @nn.compact
-    def __call__(self, x, angles, mask, cached):
+    def __call__(self, x, angles, mask, weights, cached):
         c = self.config
         norm = partial(_Norm, c.norm, c.norm_eps, self.param_dtype)
         drop = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
         attention, normed = _Attention(c, self.param_dtype, name="attention"), norm(name="attention_norm")(x)
         mixed, key, value = attention(normed, angles, mask, cached)
         x = x + drop(mixed)
-        x = x + drop(_Mlp(c, self.param_dtype, name="mlp")(norm(name="mlp_norm")(x)))
-        return x, key, value
+        normed, sums = norm(name="mlp_norm")(x), {}
+        if self.sparse:
+            activation = ACTIVATION_FUNCTIONS[c.activation]
+            mixed, sums = Experts(c, self.param_dtype, activation, self.mesh, name="experts")(normed, weights)
+        else:
+            mixed = _Mlp(c, self.param_dtype, name="mlp")(normed)
+        return x + drop(mixed), (key, value), sums
 
 
 class _Pattern(nn.Module):
@@ -250,21 +270,26 @@ class _Pattern(nn.Module):
 
     config: ModelConfig
     param_dtype: jnp.dtype
-    windows: tuple[int | None, ...]
+    mesh: Mesh | None
+    segment: Segment
 
     @nn.compact
-    def __call__(self, x, first_layer, angles, masks, cache, cache_masks):
-        new, kinds = [], _kinds(self.config)
-        for place, window in enumerate(self.windows):
+    def __call__(self, x, first_layer, angles, masks, weights, cache, cache_masks):
+        new, sums, kinds = [], [], _kinds(self.config)
+        block = partial(_Block, self.config, self.param_dtype, mesh=self.mesh)
+        for place, (window, sparse) in enumerate(zip(self.segment.windows, self.segment.sparse, strict=True)):
             kind = kinds.index(window)
             cached = ()
             if cache is not None and cache.positions.shape[1]:
                 k, v = (layer_of(each, first_layer + place).astype(x.dtype) for each in (cache.k, cache.v))
                 cached = (Keys(k, v, cache_masks[kind]),)
-            x, key, value = _Block(self.config, self.param_dtype, name=f"block_{place}")(x, angles, masks[kind], cached)
-            new.append((key, value))
+            run = block(sparse=sparse, name=f"block_{place}")
+            x, keys, of_block = run(x, angles, masks[kind], weights, cached)
+            new.append(keys)
+            sums.append(of_block)
         # Without a cache nobody wants the keys and values: stacking them would cost memory.
-        return x, None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
+        keys = None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
+        return x, (keys, add_sums(sums))
 
 
 class _Decoder(nn.Module):
@@ -272,10 +297,11 @@ class _Decoder(nn.Module):
     param_dtype: jnp.dtype
     compute_dtype: jnp.dtype
     remat: Remat
+    mesh: Mesh | None
     unrolled: bool = False
 
     @nn.compact
-    def __call__(self, rows, cache):
+    def __call__(self, rows, cache, weights=None):
         c = self.config
         normal = nn.initializers.normal(0.02)
         embed = partial(nn.Embed, features=c.embed_dim, embedding_init=normal, param_dtype=self.param_dtype)
@@ -287,18 +313,25 @@ class _Decoder(nn.Module):
         angles = rows.positions[..., None] * rope_frequencies(c.rope, c.head_dim).reshape(1, 1, -1) if c.rope else None
         masks = tuple(rows_mask(rows, window) for window in _kinds(c))
         cache_masks = () if cache is None else tuple(cache_mask(rows, cache.positions, window) for window in _kinds(c))
-        new = []
+        counted = any(c.sparse_layers) and cache is None
+        weights = (rows.documents > 0 if weights is None else weights) if counted else None
+        new, sums = [], []
         for index, segment in enumerate(segments(c)):
-            block = partial(_Pattern if self.unrolled else self._scan(segment), c, self.param_dtype, segment.windows)
-            size, rest = len(segment.windows), (angles, masks, cache, cache_masks)
+            body = _Pattern if self.unrolled else self._scan(segment)
+            block = partial(body, c, self.param_dtype, self.mesh, segment)
+            size, rest = len(segment.windows), (angles, masks, weights, cache, cache_masks)
             if self.unrolled:
                 for repeat in range(segment.repeats):
-                    x, keys = block(name=_repeat_name(index, repeat))(x, segment.start + repeat * size, *rest)
+                    x, (keys, of_block) = block(name=_repeat_name(index, repeat))(
+                        x, segment.start + repeat * size, *rest
+                    )
                     new.append(jax.tree.map(lambda a: a[None], keys))
+                    sums.append(of_block)
             else:
                 starts = segment.start + jnp.arange(segment.repeats) * size
-                x, keys = block(name=f"segment_{index}")(x, starts, *rest)
+                x, (keys, stacked) = block(name=f"segment_{index}")(x, starts, *rest)
                 new.append(keys)
+                sums.append(jax.tree.map(lambda a: a.sum(0), stacked))
         # The heads are applied by `Model.logits` and `Model.scores`; they are declared here so that `init` makes them.
         if c.lm_head and not c.tie_embeddings:
             shape = (c.embed_dim, c.vocab_size)
@@ -306,7 +339,7 @@ class _Decoder(nn.Module):
         if c.score_head:
             self.param("score", lambda key: {"kernel": init_score_kernel(key, c.embed_dim, dtype=self.param_dtype)})
         x = _Norm(c.norm, c.norm_eps, self.param_dtype, name="final_norm")(x)
-        return x, None if cache is None else write(cache, rows, new, x)
+        return x, None if cache is None else write(cache, rows, new, x), add_sums(sums)
 
     def _scan(self, segment):
         body = _Pattern
@@ -316,7 +349,7 @@ class _Decoder(nn.Module):
             body,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=cast("Any", (0, *[nn.broadcast] * 4)),  # flax says nothing of its type but the default, 0
+            in_axes=cast("Any", (0, *[nn.broadcast] * 5)),  # flax says nothing of its type but the default, 0
             length=segment.repeats,
         )
 

@@ -31,13 +31,23 @@ TOLERANCE = 1e-4
 # Fields of our config that change logits; STRUCTURE changes the parameters' shapes; INERT is read by others only.
 NUMERIC = {
     "norm", "norm_eps", "activation", "gated_mlp", "rope", "learned_positions", "windows", "qk_norm", "qkv_bias",
-    "output_bias", "mlp_bias", "tie_embeddings",
+    "output_bias", "mlp_bias", "tie_embeddings", "norm_topk_prob", "experts_per_token",
 }  # fmt: skip
 STRUCTURE = {
     "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "lm_head",
-    "score_head",
+    "score_head", "sparse_layers", "num_experts", "expert_mlp_dim", "shared_mlp_dim",
 }  # fmt: skip
-INERT = {"family", "max_position", "dropout", "attention_dropout", "bos_id", "eos_ids", "pad_id", "score_bias"}
+INERT = {
+    "family",
+    "max_position",
+    "dropout",
+    "attention_dropout",
+    "bos_id",
+    "eos_ids",
+    "pad_id",
+    "score_bias",
+    "router_aux_loss_coef",
+}
 ROPE_FIELDS = {
     "default": {"theta", "kind"},
     "linear": {"theta", "kind", "factor"},
@@ -161,7 +171,14 @@ def mutations(config: ModelConfig) -> dict[str, ModelConfig]:
     """Every numerical field of a config, changed for itself."""
     change = functools.partial(dataclasses.replace, config)
     found = {}
-    for field in sorted(NUMERIC - {"rope", "windows", "activation", "norm_eps", "norm"}):
+    flags = NUMERIC - {"rope", "windows", "activation", "norm_eps", "norm", "experts_per_token"}
+    # Where experts are in every layer there is no other feed-forward layer to misread, and without them no router.
+    unread = {"gated_mlp", "mlp_bias"} if config.sparse_layers and all(config.sparse_layers) else set()
+    if config.num_experts:
+        found["experts_per_token"] = change(experts_per_token=config.experts_per_token + 1)
+    else:
+        unread.add("norm_topk_prob")
+    for field in sorted(flags - unread):
         found[field] = change(**{field: not getattr(config, field)})
     found["norm"] = change(norm="layer" if config.norm == "rms" else "rms")
     found["norm_eps"] = change(norm_eps=1e-6)
@@ -212,6 +229,9 @@ def test_every_field_is_classified():
         ("mistral", ""),
         ("qwen2-windows", ""),
         ("qwen3", ""),
+        ("mixtral-windows", ""),
+        ("qwen3_moe", ""),
+        ("qwen2_moe", ""),
         ("gpt2", ""),
     ],
 )

@@ -45,8 +45,8 @@ def token_weights(batch: Batch) -> jax.Array:
 
 
 def add(
-    weight: float, model: Model, batch: Batch, aux: Mapping[str, Array], value: Array, metrics: Metrics
-) -> tuple[Array, Metrics]:
+    weight: float, model: Model, batch: Batch, aux: Mapping[str, Array], value: jax.Array, metrics: Metrics
+) -> tuple[jax.Array, Metrics]:
     """A micro-batch's loss and metrics, with the load-balancing loss.
 
     Args:

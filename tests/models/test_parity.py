@@ -229,9 +229,9 @@ def test_every_field_is_classified():
         ("mistral", ""),
         ("qwen2-windows", ""),
         ("qwen3", ""),
-        ("mixtral-windows", ""),
+        ("mixtral", "norm_topk_prob"),
+        ("qwen2_moe", "norm_topk_prob"),
         ("qwen3_moe", ""),
-        ("qwen2_moe", ""),
         ("gpt2", ""),
     ],
 )

@@ -64,7 +64,9 @@ GPT2 = {
 
 MIXTRAL = {k: v for k, v in LLAMA.items() if k != "tie_word_embeddings"} | {
     "model_type": "mixtral",
-    "num_local_experts": 8,
+    "head_dim": 24,
+    "sliding_window": 16,
+    "num_local_experts": 5,
     "num_experts_per_tok": 2,
     "router_aux_loss_coef": 0.02,
 }
@@ -97,11 +99,10 @@ CONFIGS: dict[str, dict] = {
     "qwen3": QWEN | {"model_type": "qwen3", "head_dim": 24},
     "qwen3-biases": QWEN | {"model_type": "qwen3", "head_dim": 24, "attention_bias": True, "hidden_act": "gelu"},
     "mixtral": MIXTRAL,
-    "mixtral-windows": MIXTRAL | {"sliding_window": 16, "head_dim": 24, "num_local_experts": 5},
     "qwen3_moe": QWEN_MOE
     | {"model_type": "qwen3_moe", "head_dim": 24, "norm_topk_prob": True, "mlp_only_layers": [0], "hidden_act": "gelu"},
-    "qwen3_moe-steps": QWEN_MOE | {"model_type": "qwen3_moe", "head_dim": 24, "decoder_sparse_step": 2},
-    "qwen2_moe": QWEN_MOE | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 32, "mlp_only_layers": [4]},
+    "qwen2_moe": QWEN_MOE
+    | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 32, "decoder_sparse_step": 2},
     "gpt2": GPT2,
     "gpt2-untied": GPT2 | {"n_inner": 96, "tie_word_embeddings": False, "activation_function": "gelu"},
 }

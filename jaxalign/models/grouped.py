@@ -38,15 +38,20 @@ def grouped_matmul(x: Array, matrices: Array, sizes: Array) -> jax.Array:
 @jax.custom_vjp
 def blocked_matmul(x: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.Array:
     """`grouped_matmul` by a loop over blocks of rows; rows behind the last group are not defined."""
-    (rows, inputs), outputs = x.shape, matrices.shape[-1]
+    return _multiply(x, matrices, sizes)
+
+
+def _multiply(x, matrices, sizes, *, transposed: bool = False):
+    (rows, inputs), outputs = x.shape, matrices.shape[1 if transposed else 2]
     block = _block(rows, len(sizes))
     padded = jnp.pad(x, ((0, block), (0, 0)))
 
     def one(group, at, used, y):
         del used
         part = jax.lax.dynamic_slice(padded, (at, 0), (block, inputs))
+        product = part @ (matrices[group].T if transposed else matrices[group])
         # The rows behind the group's end are written again by the groups that they belong to.
-        return jax.lax.dynamic_update_slice(y, part @ matrices[group], (at, 0))
+        return jax.lax.dynamic_update_slice(y, product, (at, 0))
 
     return _each_block(block, sizes, one, jnp.zeros((rows + block, outputs), x.dtype))[:rows]
 
@@ -58,18 +63,17 @@ def _forward(x, matrices, sizes):
 def _backward(saved, dy):
     x, matrices, sizes = saved
     block = _block(len(x), len(sizes))
-    padded = jnp.pad(x, ((0, block), (0, 0)))
+    padded, padded_dy = (jnp.pad(each, ((0, block), (0, 0))) for each in (x, dy))
     wide = jnp.promote_types(matrices.dtype, jnp.float32)
 
     def one(group, at, used, total):
         part = jax.lax.dynamic_slice(padded, (at, 0), (block, x.shape[1]))
-        # As many rows as there are, from the end where fewer are left; those of other groups are 0.
-        cotangent = jax.lax.dynamic_slice(jnp.pad(dy, ((0, block), (0, 0))), (at, 0), (block, dy.shape[1]))
+        cotangent = jax.lax.dynamic_slice(padded_dy, (at, 0), (block, dy.shape[1]))
         cotangent = jnp.where(jnp.arange(block)[:, None] < used, cotangent, 0)
         return total.at[group].add(jnp.matmul(part.T, cotangent, preferred_element_type=wide))
 
     dmatrices = _each_block(block, sizes, one, jnp.zeros(matrices.shape, wide))
-    return blocked_matmul(dy, matrices.swapaxes(1, 2), sizes), dmatrices.astype(matrices.dtype), None
+    return _multiply(dy, matrices, sizes, transposed=True), dmatrices.astype(matrices.dtype), None
 
 
 blocked_matmul.defvjp(_forward, _backward)

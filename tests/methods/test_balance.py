@@ -93,10 +93,11 @@ def test_the_loss_of_each_micro_batch_would_be_another(sparse, wanted):
     """Without the loads of the whole batch a split shows, so the bounds above can fail."""
     config = sft.Config(logits_chunk=17)
     batch = sft.make_batch(config, ragged_texts(COUNT), micro_batch_size=1)
-    coupled = sft.make_loss(config, sparse[0])
+    model, variables = sparse
+    coupled = sft.make_loss(config, model)
     assert isinstance(coupled, Coupled)
     method = SimpleNamespace(make_loss=lambda config, model: coupled.loss, totals=sft.totals)
-    alone = gradient(method, config, *sparse, batch)
+    alone = gradient(method, config, model, variables, batch)
     assert relative(alone[0], wanted[0]) > 1e-3
 
 

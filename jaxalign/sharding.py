@@ -12,8 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxalign.types import PyTree
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")
 
 # Parameter path (regular expression) -> mesh axis per dimension; the first match counts. Leading dimensions that a
 # rule does not name (the stacked layers of a segment) stay whole. Norms and whatever has no rule are replicated.
@@ -25,6 +25,11 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"attention/(query|key|value)/kernel$", ("fsdp", "tensor", None)),
     (r"attention/(query|key|value)/bias$", ("tensor", None)),
     (r"attention/output/kernel$", ("tensor", None, "fsdp")),
+    (r"experts/(router|shared_switch)/kernel$", ("fsdp", None)),
+    (r"experts/(gate|up)/kernel$", ("expert", "fsdp", "tensor")),
+    (r"experts/down/kernel$", ("expert", "tensor", "fsdp")),
+    (r"experts/shared_(gate|up)/kernel$", ("fsdp", "tensor")),
+    (r"experts/shared_down/kernel$", ("tensor", "fsdp")),
     (r"mlp/(gate|up)/kernel$", ("fsdp", "tensor")),
     (r"mlp/(gate|up)/bias$", ("tensor",)),
     (r"mlp/down/kernel$", ("tensor", "fsdp")),
@@ -39,21 +44,23 @@ class MeshConfig:
       data: replicas of the parameters; -1 = whatever the other axes leave.
       fsdp: devices over which parameters, gradients and optimiser state are split; each also gets its own rows.
       tensor: devices over which heads and feed-forward width are split.
+      expert: devices over which the experts of a sparse model are split; each also gets its own rows.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    expert: int = 1
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """A mesh with the axes `data`, `fsdp`, `tensor` over all devices.
+    """A mesh with the axes `data`, `fsdp`, `expert`, `tensor` over all devices.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = [getattr(config, axis) for axis in AXES]
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
         raise ValueError(f"mesh: axes must be positive, and at most one of them -1; got {_describe(config)}")
     if -1 in sizes:
@@ -80,6 +87,15 @@ def param_shardings(mesh: Mesh, tree: PyTree) -> PyTree:
       tree: pytree whose leaves have a shape; a path that ends like a parameter's follows that parameter's rule.
     """
     return jax.tree_util.tree_map_with_path(lambda path, leaf: _sharding(mesh, path_name(path), leaf.shape), tree)
+
+
+def expert_specs(mesh: Mesh, tree: PyTree) -> PyTree:
+    """A `PartitionSpec` per leaf with the axis `expert` alone: what a decoding shard holds of each parameter."""
+
+    def only(sharding: NamedSharding) -> PartitionSpec:
+        return PartitionSpec(*(axis if axis == "expert" else None for axis in sharding.spec))
+
+    return jax.tree.map(only, param_shardings(mesh, tree))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -122,4 +138,5 @@ def _sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def _describe(config: MeshConfig) -> str:
-    return f"data={config.data} fsdp={config.fsdp} tensor={config.tensor}"
+    expert = f" expert={config.expert}" if config.expert != 1 else ""
+    return f"data={config.data} fsdp={config.fsdp} tensor={config.tensor}{expert}"

@@ -10,6 +10,20 @@ from jaxalign.models.config import DType
 VOCAB = 97
 
 
+# A dense layer and two sparse ones, with a shared expert: changes for `tiny_model`.
+SPARSE = {
+    "num_layers": 3,
+    "windows": (None, 9, 9),
+    "sparse_layers": (False, True, True),
+    "num_experts": 8,
+    "experts_per_token": 2,
+    "expert_mlp_dim": 24,
+    "shared_mlp_dim": 16,
+    "norm_topk_prob": True,
+    "router_aux_loss_coef": 0.1,
+}
+
+
 def tiny_config(**changes) -> ModelConfig:
     """Numbers that differ when anything is wrong: grouped heads, qk-norm, windows that bite, an untied head."""
     settings = {

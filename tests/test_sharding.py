@@ -8,8 +8,16 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxalign.packing import Document, pack
-from jaxalign.sharding import MeshConfig, data_shards, make_mesh, param_shardings, path_name, place_batch
-from tests.layouts import tiny_model
+from jaxalign.sharding import (
+    MeshConfig,
+    data_shards,
+    expert_specs,
+    make_mesh,
+    param_shardings,
+    path_name,
+    place_batch,
+)
+from tests.layouts import SPARSE, tiny_model
 
 
 def test_every_matrix_is_split_and_every_split_fits():
@@ -24,6 +32,20 @@ def test_every_matrix_is_split_and_every_split_fits():
             assert sorted(split) == ["fsdp", "tensor"], name
         if name.endswith("scale"):
             assert not split, name
+
+
+def test_experts_are_split_three_ways():
+    mesh = make_mesh(MeshConfig(1, 2, 2, 2))
+    _, variables = tiny_model(**SPARSE)
+    experts = param_shardings(mesh, variables)["params"]["segment_1"]["block_0"]["experts"]
+    # The first axis holds the layers of the segment.
+    assert experts["gate"]["kernel"].spec == experts["up"]["kernel"].spec == P(None, "expert", "fsdp", "tensor")
+    assert experts["down"]["kernel"].spec == P(None, "expert", "tensor", "fsdp")
+    assert experts["router"]["kernel"].spec == P(None, "fsdp", None)
+    assert data_shards(mesh) == 4
+    held = expert_specs(mesh, variables)["params"]["segment_1"]["block_0"]
+    assert held["experts"]["down"]["kernel"] == P(None, "expert", None, None)
+    assert set(jax.tree.leaves(held["attention"])) == {P(None, None, None), P(None, None, None, None), P(None, None)}
 
 
 def test_optimiser_state_lies_where_its_parameters_do():
@@ -52,7 +74,7 @@ def test_meshes_that_do_not_fit():
         make_mesh(MeshConfig(-1, 3, 1), jax.devices()[:2])
     with pytest.raises(ValueError, match="at most one"):
         make_mesh(MeshConfig(-1, -1, 1))
-    assert make_mesh(MeshConfig(-1, 2, 2)).shape == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert make_mesh(MeshConfig(-1, 2, 2)).shape == {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
 
 
 def test_rows_are_split_and_per_completion_arrays_are_not():
@@ -60,6 +82,6 @@ def test_rows_are_split_and_per_completion_arrays_are_not():
     documents = [Document(np.arange(1, 4 + i), (np.arange(3), np.arange(5))) for i in range(6)]
     batch = pack(documents, completions=2, length=16, shards=data_shards(mesh))
     placed = place_batch(mesh, batch)
-    assert placed.rows.tokens.sharding.spec == P(None, ("data", "fsdp"))
+    assert placed.rows.tokens.sharding.spec == P(None, ("data", "fsdp", "expert"))
     assert placed.present.sharding.is_fully_replicated
     jax.tree.map(np.testing.assert_array_equal, placed, batch)

@@ -24,6 +24,7 @@ from jaxalign.losses.aggregation import (
     count_batch,
     spread_by_completion,
 )
+from jaxalign.losses.balance import balance_loss
 from jaxalign.losses.kl import KL_ESTIMATORS, bias_corrected, prob_ratios, update_kl_coef
 from jaxalign.losses.masking import by_step, count_by_completion, mean_by_completion, ratio, sum_by_completion
 from jaxalign.losses.policy import (
@@ -55,6 +56,7 @@ __all__ = [
     "TokenStatistics",
     "ValueTerms",
     "aggregate",
+    "balance_loss",
     "batch_advantages",
     "bias_corrected",
     "bradley_terry",

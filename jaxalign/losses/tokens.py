@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import chex
@@ -20,12 +20,14 @@ class TokenStatistics(NamedTuple):
       entropy: `-sum_v p log p`, in nats.
       hits: 1 where no token is more probable than the target.
       mean_logits: mean over the vocabulary of the raw logits.
+      aux: what `Model.apply` says beside, if anything.
     """
 
     logps: jax.Array
     entropy: jax.Array
     hits: jax.Array
     mean_logits: jax.Array
+    aux: Mapping[str, jax.Array] = {}
 
 
 def gather_sources(hidden: Array, predictions: Predictions) -> jax.Array:

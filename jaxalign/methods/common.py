@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxalign.losses import TokenStatistics, token_statistics
+from jaxalign.methods import balance
 from jaxalign.models import Model
 from jaxalign.packing import pack
 from jaxalign.training.state import TrainState, init_state
@@ -45,9 +46,11 @@ def read(
     model: Model, variables: Variables, batch: Batch, key: jax.Array | None, chunk: int, *, temperature: float = 1.0
 ) -> TokenStatistics:
     """Runs the model on a micro-batch and the head where its predictions ask."""
-    hidden, _, _ = model.apply(variables, batch.rows, key=key)
+    weights = balance.token_weights(batch) if any(model.config.sparse_layers) else None
+    hidden, _, aux = model.apply(variables, batch.rows, key=key, weights=weights)
     logits = partial(model.logits, variables)
-    return token_statistics(logits, hidden, batch.predictions, temperature=temperature, chunk=chunk)
+    tokens = token_statistics(logits, hidden, batch.predictions, temperature=temperature, chunk=chunk)
+    return tokens._replace(aux=aux)
 
 
 def make_logps(model: Model, chunk: int, *, temperature: float = 1.0) -> Callable[[Variables, Batch], jax.Array]:

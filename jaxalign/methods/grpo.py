@@ -30,7 +30,7 @@ import numpy as np
 import optax
 
 from jaxalign import losses
-from jaxalign.methods import common
+from jaxalign.methods import balance, common
 from jaxalign.methods.grpo_config import PRESETS, Config
 from jaxalign.models import Model
 from jaxalign.packing import Document, pack
@@ -171,6 +171,7 @@ def make_loss(config: Config, model: Model) -> LossFn:
     bound = {name: options[name] if name in options else getattr(config, name) for name in names}
     policy_loss = partial(losses.POLICY_LOSSES[config.policy_loss], **bound)
     level = losses.RATIO_LEVELS[config.importance_sampling_level]
+    weight = balance.coefficient(config.router_aux_loss_coef, model)
 
     def loss(params: Variables, frozen: Variables, batch: Batch, totals: Totals, key: jax.Array | None):
         key = None if config.disable_dropout else key
@@ -198,9 +199,9 @@ def make_loss(config: Config, model: Model) -> LossFn:
             metrics["sampling/sampling_logp_difference/mean"] = common.masked_mean(apart, given)
             metrics["sampling/sampling_logp_difference/max"] = Max(jnp.where(given > 0, apart, -jnp.inf).max())
         value = losses.aggregate(losses.AGGREGATIONS[config.loss_type], per_token, completions, n, total=totals["loss"])
-        return value, jax.lax.stop_gradient(metrics)
+        return balance.add(weight, model, batch, tokens.aux, value, jax.lax.stop_gradient(metrics))
 
-    return loss
+    return balance.couple(weight, model, loss, disable_dropout=config.disable_dropout)
 
 
 def make_logps(config: Config, model: Model) -> Callable[[Variables, Batch], jax.Array]:

@@ -53,6 +53,7 @@ class Config:
       disable_dropout: no dropout even if the model's config has some.
       share_prompt: compute the prompt once for all its completions.
       logits_chunk: predictions per row whose logits exist at once.
+      router_aux_loss_coef: weight of the load-balancing loss of sparse models; None = what the model's config says.
     """
 
     num_generations: int = 8
@@ -90,6 +91,7 @@ class Config:
     disable_dropout: bool = True
     share_prompt: bool = True
     logits_chunk: int = 128
+    router_aux_loss_coef: float | None = None
 
     def __post_init__(self):
         """Raises ValueError on settings that have no meaning; the field is named."""

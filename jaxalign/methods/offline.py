@@ -179,7 +179,7 @@ def attention_weight(model: ModelConfig) -> float:
         * model.num_layers
         * model.num_heads
         * model.head_dim
-        / count_params(model, embeddings=False)
+        / count_params(model, embeddings=False, active=True)
     )
 
 

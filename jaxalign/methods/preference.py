@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from jaxalign.losses import PREFERENCE_LOSSES, PreferenceLogps, count_by_completion, sum_by_completion
-from jaxalign.methods import common
+from jaxalign.methods import balance, common
 from jaxalign.models import Model
 from jaxalign.packing import Document
 from jaxalign.training.state import TrainState
@@ -41,6 +41,7 @@ class Config:
         instead of keeping it in memory and running it on every batch.
       share_prompt: compute the prompt once for both completions.
       logits_chunk: predictions per row whose logits exist at once.
+      router_aux_loss_coef: weight of the load-balancing loss of sparse models; None = what the model's config says.
     """
 
     loss_type: str = "sigmoid"
@@ -50,6 +51,7 @@ class Config:
     precompute_ref_log_probs: bool = False
     share_prompt: bool = True
     logits_chunk: int = 128
+    router_aux_loss_coef: float | None = None
 
     def __post_init__(self):
         """Raises ValueError on settings that have no meaning."""
@@ -96,6 +98,7 @@ def make_loss(config: Config, model: Model, *, temperature: float = 1.0) -> Loss
     preference_loss = partial(
         PREFERENCE_LOSSES[config.loss_type], beta=config.beta, label_smoothing=config.label_smoothing
     )
+    weight = balance.coefficient(config.router_aux_loss_coef, model)
 
     def loss(params: Variables, frozen: Variables, batch: Batch, totals: Totals, key: jax.Array | None):
         if "ref_logps" not in batch.fields:
@@ -112,9 +115,10 @@ def make_loss(config: Config, model: Model, *, temperature: float = 1.0) -> Loss
         pairs = PreferenceLogps(log_ratios[0::2], log_ratios[1::2], lengths[0::2], lengths[1::2])
         present = batch.present[0::2]
         value = jnp.where(present > 0, preference_loss(pairs), 0).sum() / jnp.maximum(totals["loss"], 1)
-        return value, _metrics(config, batch, tokens, pairs, present)
+        metrics = _metrics(config, batch, tokens, pairs, present)
+        return balance.add(weight, model, batch, tokens.aux, value, metrics)
 
-    return loss
+    return balance.couple(weight, model, loss, disable_dropout=config.disable_dropout)
 
 
 def make_reference(config: Config, model: Model) -> Callable[[Variables, Batch], Batch]:

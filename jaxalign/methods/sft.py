@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxalign.methods import common
+from jaxalign.methods import balance, common
 from jaxalign.models import Model
 from jaxalign.packing import Document
 from jaxalign.training.state import TrainState
@@ -33,10 +33,12 @@ class Config:
     Attributes:
       disable_dropout: no dropout even if the model's config has some.
       logits_chunk: predictions per row whose logits exist at once.
+      router_aux_loss_coef: weight of the load-balancing loss of sparse models; None = what the model's config says.
     """
 
     disable_dropout: bool = False
     logits_chunk: int = 128
+    router_aux_loss_coef: float | None = None
 
 
 def to_document(config: Config, example: common.Example) -> Document:
@@ -64,6 +66,7 @@ def totals(batch: Batch) -> Totals:
 
 def make_loss(config: Config, model: Model) -> LossFn:
     """The loss of a micro-batch: `-sum log p(target) / targets of the global batch`."""
+    weight = balance.coefficient(config.router_aux_loss_coef, model)
 
     def loss(params: Variables, frozen: Variables, batch: Batch, totals: Totals, key: jax.Array | None):
         key = None if config.disable_dropout else key
@@ -74,9 +77,9 @@ def make_loss(config: Config, model: Model) -> LossFn:
             "entropy": common.masked_mean(tokens.entropy, real),
             "mean_token_accuracy": common.masked_mean(tokens.hits, real),
         }
-        return value, metrics
+        return balance.add(weight, model, batch, tokens.aux, value, metrics)
 
-    return loss
+    return balance.couple(weight, model, loss, disable_dropout=config.disable_dropout)
 
 
 def init(

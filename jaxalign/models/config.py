@@ -82,6 +82,13 @@ class ModelConfig:
       embedding_multiplier: multiplies the token embeddings.
       residual_multiplier: multiplies what attention and MLP add to the residual stream.
       logit_multiplier: multiplies the logits.
+      sparse_layers: per layer, whether experts stand in the place of the feed-forward layer; empty = in none.
+      num_experts: experts of a sparse layer.
+      experts_per_token: how many of them a token runs through.
+      expert_mlp_dim: width of one expert.
+      shared_mlp_dim: width of a further expert that every token runs through, behind a gate of its own; 0 = none.
+      norm_topk_prob: a token's experts are weighed by their probabilities over the sum of these, not as they are.
+      router_aux_loss_coef: weight of the load-balancing loss in training, where a method names none.
       tie_embeddings: the head is the transposed embedding table.
       lm_head: there is an LM head, of its own or tied; a reward or value model has none.
       score_head: there is a linear head with one output, `Model.scores`.
@@ -126,6 +133,13 @@ class ModelConfig:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logit_multiplier: float = 1.0
+    sparse_layers: tuple[bool, ...] = ()
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_mlp_dim: int = 0
+    shared_mlp_dim: int = 0
+    norm_topk_prob: bool = False
+    router_aux_loss_coef: float = 0.0
     tie_embeddings: bool = False
     lm_head: bool = True
     score_head: bool = False
@@ -150,6 +164,12 @@ class ModelConfig:
             raise ValueError(f"ropes has {len(self.ropes)} entries for num_layers={self.num_layers}")
         if self.shared_norm and (self.norm_place != "pre" or not self.parallel_residual):
             raise ValueError("shared_norm needs parallel_residual and norm_place='pre'")
+        if self.sparse_layers and len(self.sparse_layers) != self.num_layers:
+            raise ValueError(f"sparse_layers has {len(self.sparse_layers)} entries for num_layers={self.num_layers}")
+        if any(self.sparse_layers) and not 0 < self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} must lie between 1 and num_experts={self.num_experts}"
+            )
         if not self.lm_head and not self.score_head:
             raise ValueError("a model has an LM head, a score head or both: lm_head and score_head are off")
 
@@ -178,6 +198,7 @@ class Layer(NamedTuple):
 
     window: int | None
     rope: Rope | None
+    sparse: bool
 
 
 @dataclass(frozen=True)
@@ -191,7 +212,8 @@ class Segment:
 
 def segments(config: ModelConfig, longest: int = 8) -> tuple[Segment, ...]:
     """Folds the layers into repeated patterns: the one that covers most layers first, the shortest on a tie."""
-    layers = tuple(map(Layer, config.windows, config.layer_ropes))
+    sparse = config.sparse_layers or (False,) * config.num_layers
+    layers = tuple(map(Layer, config.windows, config.layer_ropes, sparse))
     found, start = [], 0
     while start < len(layers):
         best = Segment(start, layers[start : start + 1], 1)
@@ -233,11 +255,22 @@ def extend_context(config: ModelConfig) -> ModelConfig:
     return replace(config, rope=rope, ropes=ropes, max_position=max(each.max_position for each in found))
 
 
-def count_params(config: ModelConfig, *, embeddings: bool = True) -> int:
-    """Number of parameters; without `embeddings`, only those in the blocks (what a token's FLOPs follow)."""
+def count_params(config: ModelConfig, *, embeddings: bool = True, active: bool = False) -> int:
+    """Number of parameters.
+
+    Args:
+      config: the model.
+      embeddings: count the tables and heads, and not the blocks alone.
+      active: of a sparse layer only the experts that one token runs through (what its FLOPs follow).
+    """
+    matrices = 3 if config.gated_mlp else 2
     attention = config.embed_dim * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
-    mlp = config.embed_dim * config.mlp_dim * (3 if config.gated_mlp else 2)
-    blocks = config.num_layers * (attention + mlp)
+    experts = config.experts_per_token if active else config.num_experts
+    widths = 3 * experts * config.expert_mlp_dim + matrices * config.shared_mlp_dim
+    sparse = config.embed_dim * (widths + config.num_experts + bool(config.shared_mlp_dim))
+    dense = config.embed_dim * config.mlp_dim * matrices
+    layers = sum(config.sparse_layers)
+    blocks = config.num_layers * attention + layers * sparse + (config.num_layers - layers) * dense
     tables = config.vocab_size * config.embed_dim * (2 if config.lm_head and not config.tie_embeddings else 1)
     return blocks + (tables + config.score_head * config.embed_dim if embeddings else 0)
 
@@ -260,4 +293,4 @@ def forward_flops(config: ModelConfig, tokens: int, attended: int, predictions: 
     """
     scores = 4 * config.num_layers * config.num_heads * config.head_dim * attended
     head = 2 * (config.lm_head * config.vocab_size + config.score_head) * config.embed_dim * predictions
-    return 2 * count_params(config, embeddings=False) * tokens + scores + head
+    return 2 * count_params(config, embeddings=False, active=True) * tokens + scores + head

@@ -188,9 +188,8 @@ def _plan(config: ModelConfig, params: Mapping[str, Any]) -> list[Planned]:
         by_name.setdefault(tensor.name, []).append(tensor)
     planned = []
     for name, parts in by_name.items():
-        shape = _leaf(params, parts[0]).shape
-        one = shape if parts[0].repeat is None else shape[1:]
-        planned.append(Planned(name, tuple(parts), file_shape(parts[0], one)))
+        shape = _leaf(params, parts[0]).shape[len(parts[0].place) :]
+        planned.append(Planned(name, tuple(parts), file_shape(parts[0], shape)))
     return planned
 
 
@@ -236,7 +235,7 @@ def _write_safetensors(
     with open(path or os.devnull, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in planned:
-            gathered = join((part, _gather(_leaf(params, part), part.repeat)) for part in tensor.parts)
+            gathered = join((part, _gather(_leaf(params, part), part.place)) for part in tensor.parts)
             file.write(np.ascontiguousarray(_cast(tensor.name, gathered, dtype)).reshape(-1).view(np.uint8).data)
 
 
@@ -253,9 +252,9 @@ def _leaf(params: Mapping[str, Any], tensor: Tensor) -> Any:
     return leaf
 
 
-def _gather(leaf: Array, repeat: int | None) -> np.ndarray:
-    """One repeat of a leaf on the host, whole on every process."""
-    one = leaf if repeat is None else leaf[repeat]
+def _gather(leaf: Array, place: tuple[int, ...]) -> np.ndarray:
+    """One tensor of a leaf on the host, whole on every process."""
+    one = leaf[place] if place else leaf
     if isinstance(one, jax.Array) and not one.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(one, tiled=True))
     return np.asarray(one)

@@ -13,6 +13,7 @@ from jaxalign.models.family_names import GPT2_NAMES, LLAMA_DEFAULTS, LLAMA_KEYS,
 from jaxalign.models.gemma_families import COMPOSITES
 from jaxalign.models.heads import read_heads, write_heads
 from jaxalign.models.rope_windows import all_windowed, late_windowed, read_rope, write_late_windows, write_rope
+from jaxalign.models.sparse_families import SPARSE_FAMILIES, in_layer
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -90,9 +91,12 @@ def tensors(config: ModelConfig) -> list[Tensor]:
             found.append(Tensor(name, path, None, **rest))
             continue
         for layer in range(config.num_layers):
+            if not in_layer(config, path[1], layer):
+                continue
             segment, repeat, place = locate(config, layer)
             where = (f"segment_{segment}", f"block_{place}", *path[1:])
-            found.append(Tensor(name.format(layer), where, repeat, **rest))
+            experts = range(config.num_experts) if name.count("{}") > 1 else (None,)
+            found += [Tensor(name.format(layer, e), where, repeat, expert=e, **rest) for e in experts]
     return found
 
 
@@ -262,4 +266,5 @@ FAMILIES: dict[str, Family] = {
         features="learned positions, layer norms, biases, fused QKV",
     ),
     **DENSE_FAMILIES,
+    **SPARSE_FAMILIES,
 }

@@ -36,6 +36,7 @@ class Tensor:
       layout: `linear` = `[out, in]`, transposed to `[in, out]`; `plain` = the same order of numbers. Either is then
         reshaped to the leaf's shape.
       part: where the leaf lies in a tensor that holds several, or None.
+      expert: index on the axis after it, of a leaf that holds the matrices of all experts.
     """
 
     name: str
@@ -43,6 +44,12 @@ class Tensor:
     repeat: int | None = None
     layout: Literal["linear", "plain"] = "plain"
     part: Part | None = None
+    expert: int | None = None
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Index on the leaf's stacked axes."""
+        return tuple(index for index in (self.repeat, self.expert) if index is not None)
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Family:
       defaults: our field -> value, or function of the config.json, when that key is missing or null.
       fixed: fields that are the same for the whole family.
       windows: reads the windows of all layers from a config.json.
-      names: our leaf -> (tensor name, layout[, part]); `{}` is the layer. A part is `(i, sizes)`, of `Part`; a size may
+      names: our leaf -> (tensor name, layout[, part]); `{}` is the layer, a second `{}` the expert. A part is `(i, sizes)`, of `Part`; a size may
         be the name of a field of `ModelConfig`.
       refuses: config.json key -> the only value (beside null) that we compute rightly.
       write: extra config.json keys from our config.

@@ -66,7 +66,9 @@ def load(
     """
     local = find_checkpoint(path, ALL_FILES)
     source = _open_folder(local) if local.is_dir() else open_gguf(local)
-    model = build(_config(local, source.config), param_dtype=param_dtype, compute_dtype=compute_dtype, remat=remat)
+    model = build(
+        _config(local, source.config), param_dtype=param_dtype, compute_dtype=compute_dtype, remat=remat, mesh=mesh
+    )
     shapes = jax.eval_shape(model.init, jax.random.key(0))["params"]
     places = None if mesh is None else param_shardings(mesh, shapes)
     return model, {"params": _read_params(source, model.config, shapes, places)}
@@ -244,6 +246,7 @@ def _read_params(source: Source, config: ModelConfig, shapes: Any, places: Any) 
 def _read_leaf(
     source: Source, parts: list[Tensor], leaf: jax.ShapeDtypeStruct, place: NamedSharding | None
 ) -> jax.Array:
+    by_place, stacked = {part.place: part for part in parts}, len(parts[0].place)
     done: dict[tuple, np.ndarray] = {}
 
     def fill(index: Index | None) -> np.ndarray:
@@ -254,14 +257,14 @@ def _read_leaf(
         return done[key]
 
     def read_slice(index: Index) -> np.ndarray:
-        if parts[0].repeat is None:
+        if not stacked:
             return read(source, parts[0], leaf.shape, index).astype(leaf.dtype, copy=False)
-        repeats = range(leaf.shape[0])[index[0]]
-        sizes = [len(range(size)[each]) for size, each in zip(leaf.shape[1:], index[1:], strict=True)]
-        stacked = np.empty((len(repeats), *sizes), leaf.dtype)
-        for row, repeat in enumerate(repeats):
-            stacked[row] = read(source, parts[repeat], leaf.shape[1:], index[1:])
-        return stacked
+        ranges = [range(size)[each] for size, each in zip(leaf.shape, index, strict=True)]
+        found = np.empty([len(each) for each in ranges], leaf.dtype)
+        for where in np.ndindex(found.shape[:stacked]):
+            part = by_place[tuple(ranges[axis][i] for axis, i in enumerate(where))]
+            found[where] = read(source, part, leaf.shape[stacked:], index[stacked:])
+        return found
 
     if place is None:
         return jax.device_put(fill((slice(None),) * len(leaf.shape)))
@@ -279,7 +282,7 @@ def _check(source: Source, config: ModelConfig, shapes: Any) -> dict[tuple[str, 
             missing.append(tensor.name)
             continue
         shape = _at(shapes, tensor.path).shape
-        expected = file_shape(tensor, shape if tensor.repeat is None else shape[1:])
+        expected = file_shape(tensor, shape[len(tensor.place) :])
         if tuple(source.shapes[tensor.name]) != expected:
             raise ValueError(
                 f"{source.file(tensor.name)}: tensor {tensor.name} has shape {list(source.shapes[tensor.name])}; "
@@ -298,7 +301,7 @@ def _check(source: Source, config: ModelConfig, shapes: Any) -> dict[tuple[str, 
             "%s: %d tensors are not used, among them %s", source.file(extra[0]), len(extra), ", ".join(extra[:3])
         )
     for parts in wanted.values():
-        parts.sort(key=lambda tensor: tensor.repeat or 0)
+        parts.sort(key=lambda tensor: tensor.place)
     return wanted
 
 

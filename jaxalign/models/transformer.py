@@ -11,10 +11,12 @@ from typing import Any, Literal, cast
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from jaxalign.models.attention import Keys, attend, cache_mask, cap, rows_mask
 from jaxalign.models.cache import Cache, layer_of, write
 from jaxalign.models.config import DType, Layer, ModelConfig, Rope, segments
+from jaxalign.models.experts import Experts, Sums, add_sums
 from jaxalign.models.heads import init_score_kernel
 from jaxalign.models.rope import rope_frequencies, rotate
 from jaxalign.types import Array, TokenRows, Variables
@@ -39,9 +41,10 @@ class Model:
     Attributes:
       config: what it computes.
       init: `key -> variables`, a random model (normal, standard deviation 0.02).
-      apply: `(variables, rows, cache=None, *, key=None) -> (hidden [rows, length, embed_dim], cache, aux)`. With a
-        cache, row i continues slot i and the returned cache holds the new tokens too; dropout is on only with a key;
-        `aux` is a dict of float32 scalars to add to a loss, empty for dense models.
+      apply: `(variables, rows, cache=None, *, key=None, weights=None) -> (hidden [rows, length, embed_dim], cache,
+        aux)`. With a cache, row i continues slot i and the returned cache holds the new tokens too; dropout is on only
+        with a key; `aux` holds `experts.router_sums` over the layers of a sparse model (not with a cache), in which a
+        token counts as often as `weights` `[rows, length]` says, by default once.
       logits: `(variables, hidden [..., embed_dim]) -> float32 [..., vocab_size]`.
       scores: `(variables, hidden [..., embed_dim]) -> float32 [...]`, one number per hidden state: a reward or a value.
       rebuild: `config -> Model`, another config with the same dtypes and rematerialisation.
@@ -61,7 +64,12 @@ class Model:
 
 
 def build(
-    config: ModelConfig, *, param_dtype: DType = "float32", compute_dtype: DType = "float32", remat: Remat = "none"
+    config: ModelConfig,
+    *,
+    param_dtype: DType = "float32",
+    compute_dtype: DType = "float32",
+    remat: Remat = "none",
+    mesh: Mesh | None = None,
 ) -> Model:
     """Builds the decoder.
 
@@ -70,23 +78,28 @@ def build(
       param_dtype: dtype of the parameters that `init` makes.
       compute_dtype: dtype of activations and matrix products; norms, softmax, logits and scores are float32 or wider.
       remat: what the backward pass recomputes: nothing, all but matrix products, or whole blocks.
+      mesh: the mesh that it will run on, of which only experts need to know.
     """
-    return _build(config, param_dtype, compute_dtype, remat)
+    return _build(config, param_dtype, compute_dtype, remat, mesh)
 
 
 def _build(
-    config: ModelConfig, param_dtype: DType, compute_dtype: DType, remat: Remat, unrolled: bool = False
+    config: ModelConfig,
+    param_dtype: DType,
+    compute_dtype: DType,
+    remat: Remat,
+    mesh: Mesh | None,
+    unrolled: bool = False,
 ) -> Model:
-    decoder = _Decoder(config, jnp.dtype(param_dtype), jnp.dtype(compute_dtype), remat, unrolled)
+    decoder = _Decoder(config, jnp.dtype(param_dtype), jnp.dtype(compute_dtype), remat, mesh, unrolled)
 
     def init(key: jax.Array) -> Variables:
         rows = TokenRows.from_padded(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
         return {"params": decoder.init(key, rows, None)["params"]}
 
-    def apply(variables: Variables, rows: TokenRows, cache: Cache | None = None, *, key: jax.Array | None = None):
+    def apply(variables: Variables, rows: TokenRows, cache: Cache | None = None, *, key=None, weights=None):
         rngs = {} if key is None else {"dropout": key}
-        read = cast("tuple[jax.Array, Cache | None]", decoder.apply(variables, rows, cache, rngs=rngs))
-        return *read, {}
+        return cast("tuple[jax.Array, Cache | None, Sums]", decoder.apply(variables, rows, cache, weights, rngs=rngs))
 
     def logits(variables: Variables, hidden: Array) -> jax.Array:
         if not config.lm_head:
@@ -111,10 +124,10 @@ def _build(
         return product.reshape(hidden.shape[:-1]) + config.score_bias
 
     def rebuild(other: ModelConfig) -> Model:
-        return _build(other, param_dtype, compute_dtype, remat, unrolled)
+        return _build(other, param_dtype, compute_dtype, remat, mesh, unrolled)
 
     def unroll():
-        apart = _build(config, param_dtype, compute_dtype, remat, unrolled=True)
+        apart = _build(config, param_dtype, compute_dtype, remat, mesh, unrolled=True)
         return apart, partial(_unroll, config, jnp.dtype(compute_dtype))
 
     return Model(config, init, apply, logits, scores, rebuild, unroll)
@@ -219,23 +232,33 @@ class _Mlp(nn.Module):
 class _Block(nn.Module):
     config: ModelConfig
     param_dtype: jnp.dtype
-    rope: Rope | None
+    layer: Layer
+    mesh: Mesh | None
 
     @nn.compact
-    def __call__(self, x, angles, mask, cached):
+    def __call__(self, x, angles, mask, weights, cached):
         c, norm = self.config, partial(_norm, self.config, self.param_dtype)
         before, after = c.norm_place != "post", c.norm_place != "pre"
         drop = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
         normed = norm("attention_norm")(x) if before else x
-        mixed, key, value = _Attention(c, self.param_dtype, self.rope, name="attention")(normed, angles, mask, cached)
+        attention = _Attention(c, self.param_dtype, self.layer.rope, name="attention")
+        mixed, key, value = attention(normed, angles, mask, cached)
         mixed = norm("attention_post_norm")(mixed) if after else mixed
         attended = x + drop(mixed) * c.residual_multiplier
         if not c.shared_norm:
             normed = x if c.parallel_residual else attended
             normed = norm("mlp_norm")(normed) if before else normed
-        inner = _Mlp(c, self.param_dtype, name="mlp")(normed)
+        inner, sums = self._feed(normed, weights)
         inner = norm("mlp_post_norm")(inner) if after else inner
-        return attended + drop(inner) * c.residual_multiplier, key, value
+        return attended + drop(inner) * c.residual_multiplier, (key, value), sums
+
+    def _feed(self, x, weights):
+        """The feed-forward layer, or the experts in its place and the sums of their router."""
+        c = self.config
+        if not self.layer.sparse:
+            return _Mlp(c, self.param_dtype, name="mlp")(x), {}
+        activation = ACTIVATION_FUNCTIONS[c.activation]
+        return Experts(c, self.param_dtype, activation, self.mesh, name="experts")(x, weights)
 
 
 class _Pattern(nn.Module):
@@ -244,21 +267,24 @@ class _Pattern(nn.Module):
     config: ModelConfig
     param_dtype: jnp.dtype
     layers: tuple[Layer, ...]
+    mesh: Mesh | None
 
     @nn.compact
-    def __call__(self, x, first_layer, angles, masks, cache, cache_masks):
-        new, (windows, ropes) = [], _kinds(self.config)
-        for place, (window, rope) in enumerate(self.layers):
-            kind = windows.index(window)
+    def __call__(self, x, first_layer, angles, masks, weights, cache, cache_masks):
+        new, sums, (windows, ropes) = [], [], _kinds(self.config)
+        for place, layer in enumerate(self.layers):
+            kind = windows.index(layer.window)
             cached = ()
             if cache is not None and cache.positions.shape[1]:
                 k, v = (layer_of(each, first_layer + place).astype(x.dtype) for each in (cache.k, cache.v))
                 cached = (Keys(k, v, cache_masks[kind]),)
-            block = _Block(self.config, self.param_dtype, rope, name=f"block_{place}")
-            x, key, value = block(x, angles[ropes.index(rope)], masks[kind], cached)
-            new.append((key, value))
+            block = _Block(self.config, self.param_dtype, layer, self.mesh, name=f"block_{place}")
+            x, keys, of_block = block(x, angles[ropes.index(layer.rope)], masks[kind], weights, cached)
+            new.append(keys)
+            sums.append(of_block)
         # Without a cache nobody wants the keys and values: stacking them would cost memory.
-        return x, None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
+        keys = None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
+        return x, (keys, add_sums(sums))
 
 
 class _Decoder(nn.Module):
@@ -266,10 +292,11 @@ class _Decoder(nn.Module):
     param_dtype: jnp.dtype
     compute_dtype: jnp.dtype
     remat: Remat
+    mesh: Mesh | None
     unrolled: bool = False
 
     @nn.compact
-    def __call__(self, rows, cache):
+    def __call__(self, rows, cache, weights=None):
         c = self.config
         normal = nn.initializers.normal(0.02)
         embed = partial(nn.Embed, features=c.embed_dim, embedding_init=normal, param_dtype=self.param_dtype)
@@ -282,18 +309,25 @@ class _Decoder(nn.Module):
         angles = tuple(_angles(rows, rope, c.head_dim) for rope in ropes)
         masks = tuple(rows_mask(rows, window) for window in windows)
         cache_masks = () if cache is None else tuple(cache_mask(rows, cache.positions, window) for window in windows)
-        new = []
+        counted = any(c.sparse_layers) and cache is None
+        weights = (rows.documents > 0 if weights is None else weights) if counted else None
+        new, sums = [], []
         for index, segment in enumerate(segments(c)):
-            block = partial(_Pattern if self.unrolled else self._scan(segment), c, self.param_dtype, segment.layers)
-            size, rest = len(segment.layers), (angles, masks, cache, cache_masks)
+            body = _Pattern if self.unrolled else self._scan(segment)
+            block = partial(body, c, self.param_dtype, segment.layers, self.mesh)
+            size, rest = len(segment.layers), (angles, masks, weights, cache, cache_masks)
             if self.unrolled:
                 for repeat in range(segment.repeats):
-                    x, keys = block(name=_repeat_name(index, repeat))(x, segment.start + repeat * size, *rest)
+                    x, (keys, of_block) = block(name=_repeat_name(index, repeat))(
+                        x, segment.start + repeat * size, *rest
+                    )
                     new.append(jax.tree.map(lambda a: a[None], keys))
+                    sums.append(of_block)
             else:
                 starts = segment.start + jnp.arange(segment.repeats) * size
-                x, keys = block(name=f"segment_{index}")(x, starts, *rest)
+                x, (keys, stacked) = block(name=f"segment_{index}")(x, starts, *rest)
                 new.append(keys)
+                sums.append(jax.tree.map(lambda a: a.sum(0), stacked))
         # The heads are applied by `Model.logits` and `Model.scores`; they are declared here so that `init` makes them.
         if c.lm_head and not c.tie_embeddings:
             shape = (c.embed_dim, c.vocab_size)
@@ -301,7 +335,7 @@ class _Decoder(nn.Module):
         if c.score_head:
             self.param("score", lambda key: {"kernel": init_score_kernel(key, c.embed_dim, dtype=self.param_dtype)})
         x = _norm(c, self.param_dtype, "final_norm")(x)
-        return x, None if cache is None else write(cache, rows, new, x)
+        return x, None if cache is None else write(cache, rows, new, x), add_sums(sums)
 
     def _scan(self, segment):
         body = _Pattern
@@ -311,7 +345,7 @@ class _Decoder(nn.Module):
             body,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=cast("Any", (0, *[nn.broadcast] * 4)),  # flax says nothing of its type but the default, 0
+            in_axes=cast("Any", (0, *[nn.broadcast] * 5)),  # flax says nothing of its type but the default, 0
             length=segment.repeats,
         )
 

@@ -77,6 +77,7 @@ def prepare(stage: Stage) -> Prepared:
         param_dtype=stage.model.param_dtype,
         compute_dtype=resolve_dtype(stage.model.compute_dtype),
         remat=stage.model.remat,
+        mesh=mesh,
     )
     steps = stage.train.max_steps
     if steps < 1:

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxalign.models import Model
-from jaxalign.sharding import BATCH_AXES, param_shardings
+from jaxalign.sharding import param_shardings
 from jaxalign.types import PyTree, Variables
 
 
@@ -16,14 +16,15 @@ def make_decoding(model: Model, mesh: Mesh | None = None) -> Callable[[Variables
     """A jitted function from a model's variables to what its sampler takes.
 
     They are cast to the dtype of computation and every layer gets arrays of its own (see `Model.unrolled`). On a mesh
-    they are split over `tensor` only: every data shard decodes by itself and needs a whole copy.
+    they are split over `tensor` and `expert` only: every data shard decodes by itself and needs a whole copy, save for
+    experts, to which the shards of `expert` send their tokens.
     """
     _, unroll = model.unrolled()
     if mesh is None:
         return jax.jit(unroll)
 
     def spread(sharding: NamedSharding) -> NamedSharding:
-        spec = (None if axis in BATCH_AXES else axis for axis in sharding.spec)
+        spec = (axis if axis in ("tensor", "expert") else None for axis in sharding.spec)
         return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
     def shardings(shapes: PyTree) -> PyTree:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxalign.models import Cache, Model, ModelConfig, init_cache
 from jaxalign.models.config import DType
 from jaxalign.sampling.choose import Config, choose, stopped
-from jaxalign.sharding import BATCH_AXES, data_shards
+from jaxalign.sharding import BATCH_AXES, data_shards, expert_specs
 from jaxalign.types import Array, Samples, TokenRows, Variables
 
 LENGTH, EOS, STOP = 0, 1, 2
@@ -123,18 +123,19 @@ def make_generate(model: Model, config: Config, mesh: Mesh | None = None) -> Gen
         counters["decode_steps"] = end.counters["decode_steps"]  # shards take their turns together
         return Samples(end.tokens, end.lengths, end.finish, end.sampler_logps, end.log_mass, counters)
 
-    draw_all = draw
-    if mesh is not None:
+    def draw_all(variables: Variables, *rest: jax.Array) -> Samples:
+        if mesh is None:
+            return draw(variables, *rest)
         rows = PartitionSpec(BATCH_AXES)
         counted = dict.fromkeys(COUNTERS, PartitionSpec())
-        draw_all = jax.shard_map(
+        return jax.shard_map(
             draw,
             mesh=mesh,
-            in_specs=(PartitionSpec(), rows, rows, rows),
+            in_specs=(expert_specs(mesh, variables), rows, rows, rows),
             out_specs=cast("Any", Samples)(rows, rows, rows, rows, rows, counted),
             axis_names=frozenset(BATCH_AXES),
             check_vma=False,
-        )
+        )(variables, *rest)
 
     def generate(
         variables: Variables, prompts: Array, lengths: Array, key: Array, completions: Array | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,26 @@ Totals = Mapping[str, Array]
 LossFn = Callable[[PyTree, PyTree, Batch, Totals, jax.Array | None], tuple[jax.Array, Metrics]]
 TotalsFn = Callable[[Batch], Totals]
 Step = Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """A loss that couples the examples of a batch through numbers that depend on the parameters.
+
+    Attributes:
+      loss: as any other, on a micro-batch that carries these numbers as fields.
+      prepare: `(params, frozen, batch, key) -> batch` with these fields, from a pass over the global batch. It has no
+        gradient, and gets the same key as the micro-batches' keys are folded from.
+    """
+
+    loss: LossFn
+    prepare: Callable[[PyTree, PyTree, Batch, jax.Array | None], Batch]
+
+    def __call__(
+        self, params: PyTree, frozen: PyTree, batch: Batch, totals: Totals, key: jax.Array | None
+    ) -> tuple[jax.Array, Metrics]:
+        """The loss of a micro-batch."""
+        return self.loss(params, frozen, batch, totals, key)
 
 
 def make_step(
@@ -59,6 +80,8 @@ def accumulate(
     Returns:
       Gradients in the parameters' dtype (float32 at least while they are summed) and metrics, `loss` among them.
     """
+    if isinstance(loss, Coupled):
+        batch, loss = loss.prepare(params, frozen, batch, key), loss.loss
     gradient = jax.value_and_grad(loss, has_aux=True)
     wide = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
 
@@ -84,6 +107,8 @@ def evaluate(loss: LossFn, totals: TotalsFn, params: PyTree, frozen: PyTree, bat
     `loss` is a mean weighted by the batch's `totals["loss"]`: those of several batches merge to that of all together.
     """
     counts = totals(batch)
+    if isinstance(loss, Coupled):
+        batch = loss.prepare(params, frozen, batch, None)
 
     def one(_, micro_batch):
         return None, loss(params, frozen, micro_batch, counts, None)

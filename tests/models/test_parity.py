@@ -36,13 +36,16 @@ NUMERIC = {
     "norm", "norm_eps", "norm_bias", "norm_plus_one", "norm_place", "parallel_residual", "shared_norm", "activation",
     "gated_mlp", "rope", "ropes", "learned_positions", "windows", "qk_norm", "qk_norm_over", "qkv_bias", "output_bias",
     "mlp_bias", "attention_scale", "attention_softcap", "logit_softcap", "embedding_multiplier", "residual_multiplier",
-    "logit_multiplier", "tie_embeddings",
+    "logit_multiplier", "tie_embeddings", "norm_topk_prob", "experts_per_token",
 }  # fmt: skip
 STRUCTURE = {
     "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "lm_head",
-    "score_head",
+    "score_head", "sparse_layers", "num_experts", "expert_mlp_dim", "shared_mlp_dim",
 }  # fmt: skip
-INERT = {"family", "max_position", "dropout", "attention_dropout", "bos_id", "eos_ids", "pad_id", "score_bias"}
+INERT = {
+    "family", "max_position", "dropout", "attention_dropout", "bos_id", "eos_ids", "pad_id", "score_bias",
+    "router_aux_loss_coef",
+}  # fmt: skip
 SHARED = {"theta", "kind", "partial", "interleaved"}
 ROPE_FIELDS = {
     "default": SHARED,
@@ -182,8 +185,14 @@ def mutations(config: ModelConfig) -> dict[str, ModelConfig]:
     """Every numerical field of a config that counts in it, changed for itself."""
     change = functools.partial(dataclasses.replace, config)
     found = {}
-    flags = {"gated_mlp", "learned_positions", "qk_norm", "qkv_bias", "output_bias", "mlp_bias", "tie_embeddings"}
-    for field in sorted({*flags, "norm_plus_one"}):
+    flags = {"learned_positions", "qk_norm", "qkv_bias", "output_bias", "tie_embeddings", "norm_plus_one"}
+    # Where experts are in every layer there is no other feed-forward layer to misread, and without them no router.
+    if not (config.sparse_layers and all(config.sparse_layers)):
+        flags |= {"gated_mlp", "mlp_bias"}
+    if config.num_experts:
+        flags.add("norm_topk_prob")
+        found["experts_per_token"] = change(experts_per_token=config.experts_per_token + 1)
+    for field in sorted(flags):
         found[field] = change(**{field: not getattr(config, field)})
     for field in ("embedding_multiplier", "residual_multiplier", "logit_multiplier"):
         found[field] = change(**{field: getattr(config, field) * 1.5})
@@ -297,6 +306,9 @@ def unseen(case: Case, model: Model, variables: Any, mutated: dict[str, ModelCon
         ("mistral", ""),
         ("qwen2-windows", ""),
         ("qwen3", ""),
+        ("mixtral", "norm_topk_prob"),
+        ("qwen2_moe", "norm_topk_prob"),
+        ("qwen3_moe", ""),
         ("gpt2", ""),
     ],
 )

@@ -63,6 +63,22 @@ GPT2 = {
     "eos_token_id": 2,
 }
 
+MIXTRAL = {k: v for k, v in LLAMA.items() if k != "tie_word_embeddings"} | {
+    "model_type": "mixtral",
+    "head_dim": 24,
+    "sliding_window": 16,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "router_aux_loss_coef": 0.02,
+}
+QWEN_MOE = QWEN | {
+    "num_hidden_layers": 5,
+    "moe_intermediate_size": 48,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "tie_word_embeddings": False,
+}
+
 # name -> config.json
 CONFIGS: dict[str, dict] = {
     "llama2": LLAMA | {"num_key_value_heads": 4},
@@ -83,6 +99,11 @@ CONFIGS: dict[str, dict] = {
     },
     "qwen3": QWEN | {"model_type": "qwen3", "head_dim": 24},
     "qwen3-biases": QWEN | {"model_type": "qwen3", "head_dim": 24, "attention_bias": True, "hidden_act": "gelu"},
+    "mixtral": MIXTRAL,
+    "qwen3_moe": QWEN_MOE
+    | {"model_type": "qwen3_moe", "head_dim": 24, "norm_topk_prob": True, "mlp_only_layers": [0], "hidden_act": "gelu"},
+    "qwen2_moe": QWEN_MOE
+    | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 32, "decoder_sparse_step": 2},
     "gpt2": GPT2,
     "gpt2-untied": GPT2 | {"n_inner": 96, "tie_word_embeddings": False, "activation_function": "gelu"},
     **DENSE,
@@ -95,8 +116,7 @@ def arrays(hf: dict, seed: int = 0) -> dict[str, np.ndarray]:
     shapes = leaf_shapes(config)
     found = {}
     for tensor in tensors(config):
-        shape = shapes[tensor.path]
-        shape = file_shape(tensor, shape if tensor.repeat is None else shape[1:])
+        shape = file_shape(tensor, shapes[tensor.path][len(tensor.place) :])
         mean = 1.0 if tensor.path[-1] == "scale" else 0.0
         found[tensor.name] = (mean + 0.2 * rng.standard_normal(shape)).astype(np.float32)
     return found

@@ -65,7 +65,9 @@ def test_prompts_that_cannot_be_sampled(small, prompts, message):
         sample_prompts(make_generate(small.model, CONFIG), small.decoding, prompts, KEY)
 
 
-@pytest.mark.parametrize(("n", "width"), [(1, 16), (16, 16), (17, 32), (65, 80), (128, 128), (129, 160), (193, 224), (257, 320)])
+@pytest.mark.parametrize(
+    ("n", "width"), [(1, 16), (16, 16), (17, 32), (65, 80), (128, 128), (129, 160), (193, 224), (257, 320)]
+)
 def test_bucket_width(n, width):
     assert bucket_width(n) == width
 

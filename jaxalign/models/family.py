@@ -63,8 +63,8 @@ class Family:
       defaults: our field -> value, or function of the config.json, when that key is missing or null.
       fixed: fields that are the same for the whole family.
       windows: reads the windows of all layers from a config.json.
-      names: our leaf -> (tensor name, layout[, part]); `{}` is the layer, a second `{}` the expert. A part is `(i, sizes)`, of `Part`; a size may
-        be the name of a field of `ModelConfig`.
+      names: our leaf -> (tensor name, layout[, part]); `{}` is the layer, a second `{}` the expert. A part is
+        `(i, sizes)`, of `Part`; a size may be the name of a field of `ModelConfig`.
       refuses: config.json key -> the only value (beside null) that we compute rightly.
       write: extra config.json keys from our config.
       activations: our activation -> its name in the config.json.

@@ -13,6 +13,7 @@ from jaxalign.config import OUTPUTS, RunConfig, Stage, read_config_text
 from jaxalign.evaluation import Comparison, Side
 from jaxalign.methods import METHODS
 from jaxalign.methods.common import trains_scores
+from jaxalign.models.identity import adapter_fingerprint
 from jaxalign.run.compare import check_prompts, compare
 from jaxalign.run.evaluate import evaluate_stage
 from jaxalign.run.folder import create_folder, describe_backend, find_folder, locked, record_stage, write_text
@@ -126,10 +127,15 @@ def resolve_inputs(stage: Stage, policies: Mapping[str, str]) -> Stage:
 
 
 def _lineage(ready: Prepared) -> dict[str, Any]:
-    model, rows = ready.stage.model, [each.rows for each in (ready.data.train, ready.data.eval) if each is not None]
+    model, lora, rows = (
+        ready.stage.model,
+        ready.stage.lora,
+        [each.rows for each in (ready.data.train, ready.data.eval) if each is not None],
+    )
     return {
         "policy": {"from": model.path, "sha256": models.fingerprint(model.path)},
         "reference": model.reference and {"from": model.reference, "sha256": models.fingerprint(model.reference)},
+        "adapter": lora and lora.path and {"from": lora.path, "sha256": adapter_fingerprint(lora.path)},
         "data": {path: digest for each in rows if each is not None for path, digest in each.hashes.items()},
     }
 

@@ -155,7 +155,7 @@ def _matrix(values: Array, scales: Array, dtype: Any) -> jax.Array:
 
 
 def _decode(values: Array, scales: Array) -> jax.Array:
-    return jnp.multiply(_kind(values).decode(values), scales)
+    return _kind(values).decode(values) * jnp.asarray(scales)
 
 
 def _kind(values: Array) -> Kind:

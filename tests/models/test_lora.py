@@ -38,9 +38,15 @@ def small():
     return tiny_model(num_layers=2, windows=(None, None))
 
 
-def family(name: str, seed: int = 0):
-    model = build(from_hf(CONFIGS[name]))
-    return model, jax.tree.map(lambda x: x * 8 if x.ndim > 2 else x, model.init(jax.random.key(seed)))
+def family(name: str):
+    """A tiny model of a family, with a spread of logits of 1 and more."""
+    model, rng = build(from_hf(CONFIGS[name])), np.random.default_rng(1)
+    shapes = jax.eval_shape(model.init, KEY)
+
+    def draw(path, leaf):
+        return jnp.asarray((path[-1].key == "scale") + 0.2 * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    return model, jax.tree.map_with_path(draw, shapes)
 
 
 def rows() -> TokenRows:

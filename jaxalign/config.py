@@ -21,6 +21,7 @@ from jaxalign.sections import (
     CompareSection,
     ExportSection,
     LogSection,
+    LoraSection,
     ModelSection,
     RewardSection,
     RolloutSection,
@@ -57,6 +58,15 @@ FOREIGN_NAMES = {
     "max_seq_length": "data.max_length",
     "resume_from_checkpoint": "nothing: the same command resumes",
     "dpo_beta": "method.beta",
+    "use_peft": "the section lora: where it is there, an adapter trains",
+    "peft_config": "the section lora",
+    "lora_r": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_target_modules": "lora.target_modules",
+    "modules_to_save": "nothing: a new score head always trains beside an adapter",
+    "load_in_4bit": "model.quantization: nf4",
+    "load_in_8bit": "model.quantization: int8",
 }
 
 
@@ -64,6 +74,7 @@ FOREIGN_NAMES = {
 OUTPUTS = ("policy", "reward")
 SECTIONS: dict[str, type] = {
     "model": ModelSection,
+    "lora": LoraSection,
     "data": DataConfig,
     "rollout": RolloutSection,
     "optimizer": optimizer.Config,
@@ -196,6 +207,9 @@ def _stage(name: str, raw: Mapping[str, Any], where: str) -> Stage:
     raw = {**raw, "rollout": _rollout(METHODS[method_name], raw.get("rollout"), f"{where}rollout")}
     raw["data"] = _data(raw["data"], f"{where}data")
     built = {key: build(kind, raw.get(key) or {}, where + key) for key, kind in SECTIONS.items() if key != "optimizer"}
+    built["lora"] = None if raw.get("lora") is None else built["lora"]
+    if built["lora"] and built["model"].trainable:
+        raise ValueError(f"{where}model.trainable: with the section lora the adapter trains; leave one of them away")
     return Stage(
         name=name,
         method_name=method_name,
@@ -301,7 +315,8 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain_stage(stage: Stage) -> dict[str, Any]:
-    names = [key for key in SECTIONS if key != "rollout" or is_online(METHODS[stage.method_name])]
+    there = {"rollout": is_online(METHODS[stage.method_name]), "lora": stage.lora is not None}
+    names = [key for key in SECTIONS if there.get(key, True)]
     sections = {key: _plain(dataclasses.asdict(getattr(stage, key))) for key in names}
     method = {"name": stage.method_name, **_plain(dataclasses.asdict(stage.method))}
     return {**({"name": stage.name} if stage.name else {}), "method": method, **sections}

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxalign.data import DataConfig
+from jaxalign.models.config import LoraConfig
 from jaxalign.models.export import ExportDType
+from jaxalign.models.quantized import Quantization
 from jaxalign.models.transformer import Remat
 from jaxalign.sharding import MeshConfig
 from jaxalign.training import optimizer
@@ -25,6 +27,9 @@ class ModelSection:
       param_dtype: dtype of the parameters.
       compute_dtype: dtype of activations and matrix products; `auto` is bfloat16 on GPU and TPU, float32 on CPU.
       remat: what the backward pass recomputes: `none`, `dots` (all but matrix products) or `full` (whole blocks).
+      quantization: keep the blocks' projections in 8 (`int8`) or 4 bits (`nf4`); they cannot train then.
+      trainable: what trains: patterns of tensor names in the checkpoint, see `models.freeze`; None = everything, or the
+        adapter where there is one. A score head always does.
     """
 
     path: str
@@ -33,6 +38,24 @@ class ModelSection:
     param_dtype: ExportDType = "float32"
     compute_dtype: Literal["auto"] | ExportDType = "auto"
     remat: Remat = "full"
+    quantization: Quantization | None = None
+    trainable: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        """Raises ValueError on patterns that leave nothing to train."""
+        if self.trainable is not None and not self.trainable:
+            raise ValueError("trainable: at least one pattern; null trains everything")
+
+
+@dataclass(frozen=True)
+class LoraSection(LoraConfig):
+    """An adapter beside frozen weights; where the section is there, it is what trains.
+
+    Attributes:
+      path: a PEFT adapter's folder to go on from; rank, alpha and targets are then its own.
+    """
+
+    path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -233,6 +256,7 @@ class Stage:
       train: steps and portions.
       log: what is written.
       export: the result.
+      lora: the adapter, or None.
     """
 
     name: str
@@ -246,6 +270,7 @@ class Stage:
     train: TrainSection
     log: LogSection
     export: ExportSection
+    lora: LoraSection | None = None
 
 
 @dataclass(frozen=True)

@@ -16,23 +16,23 @@ AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
 
 # Parameter path (regular expression) -> mesh axis per dimension; the first match counts. Leading dimensions that a
-# rule does not name (the stacked layers of a segment) stay whole. Norms and whatever has no rule are replicated.
+# rule does not name (the stacked layers of a segment) stay whole. Norms, adapters and what has no rule are replicated.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed/embedding$", ("tensor", "fsdp")),
     (r"positions/embedding$", (None, "fsdp")),
     (r"head/kernel$", ("fsdp", "tensor")),
     (r"score/kernel$", ("fsdp", None)),
-    (r"attention/(query|key|value)/kernel$", ("fsdp", "tensor", None)),
+    (r"attention/(query|key|value)/(kernel|values|scales)$", ("fsdp", "tensor", None)),
     (r"attention/(query|key|value)/bias$", ("tensor", None)),
-    (r"attention/output/kernel$", ("tensor", None, "fsdp")),
+    (r"attention/output/(kernel|values|scales)$", ("tensor", None, "fsdp")),
     (r"experts/(router|shared_switch)/kernel$", ("fsdp", None)),
     (r"experts/(gate|up)/kernel$", ("expert", "fsdp", "tensor")),
     (r"experts/down/kernel$", ("expert", "tensor", "fsdp")),
     (r"experts/shared_(gate|up)/kernel$", ("fsdp", "tensor")),
     (r"experts/shared_down/kernel$", ("tensor", "fsdp")),
-    (r"mlp/(gate|up)/kernel$", ("fsdp", "tensor")),
+    (r"mlp/(gate|up)/(kernel|values|scales)$", ("fsdp", "tensor")),
     (r"mlp/(gate|up)/bias$", ("tensor",)),
-    (r"mlp/down/kernel$", ("tensor", "fsdp")),
+    (r"mlp/down/(kernel|values|scales)$", ("tensor", "fsdp")),
 )
 
 

@@ -14,7 +14,7 @@ import optax
 
 from jaxalign.losses import TokenStatistics, token_statistics
 from jaxalign.methods import balance
-from jaxalign.models import Model
+from jaxalign.models import Model, freezing
 from jaxalign.packing import pack
 from jaxalign.training.state import TrainState, init_state
 from jaxalign.training.step import evaluate
@@ -24,21 +24,34 @@ Example = Mapping[str, Any]
 
 
 def split_variables(variables: Variables) -> tuple[Variables, Variables]:
-    """The trainable collections and the frozen rest."""
-    return {"params": variables["params"]}, {name: tree for name, tree in variables.items() if name != "params"}
+    """The trainable part and the frozen rest: see `models.freezing.split`."""
+    return freezing.split(variables)
 
 
 def join_variables(params: Variables, frozen: Variables) -> Variables:
-    """The inverse of `split_variables`."""
-    return {**frozen, **params}
+    """The inverse of `split_variables`, and of `split_start`."""
+    return freezing.join(params, frozen)
+
+
+def split_start(method: ModuleType, variables: Any) -> tuple[PyTree, PyTree]:
+    """`split_variables` of what a method's `init` takes, which with a critic is variables by role."""
+    if not has_critic(method):
+        return split_variables(variables)
+    parts = {role: split_variables(each) for role, each in variables.items()}
+    return {role: params for role, (params, _) in parts.items()}, {role: rest for role, (_, rest) in parts.items()}
 
 
 def start(
     model: Model, variables: Variables, optimizer: optax.GradientTransformation, key: jax.Array
 ) -> tuple[TrainState, Variables]:
-    """The state at step 0 and the frozen variables; what the step donates is copied."""
+    """The state at step 0 and the frozen variables; what the step donates is copied.
+
+    Raises:
+      ValueError: quantised weights would be trained.
+    """
     del model
     params, frozen = split_variables(variables)
+    freezing.check_trainable(params)
     return init_state(params, optimizer, key), frozen
 
 

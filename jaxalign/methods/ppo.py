@@ -24,6 +24,7 @@ from jaxalign.methods.ppo_config import Config
 from jaxalign.methods.ppo_estimate import estimate as estimate
 from jaxalign.methods.ppo_estimate import start_carry as start_carry
 from jaxalign.models import Model, add_score_head
+from jaxalign.models.freezing import check_trainable
 from jaxalign.packing import Document, measure_document, pack
 from jaxalign.training.state import TrainState, init_state
 from jaxalign.training.step import LossFn, Step, Totals
@@ -247,6 +248,7 @@ def init(
     del config, models
     parts = {role: common.split_variables(each) for role, each in variables.items()}
     params = {role: trainable for role, (trainable, _) in parts.items()}
+    check_trainable(params)
     return init_state(params, optimizer, key), {role: frozen for role, (_, frozen) in parts.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -42,6 +43,38 @@ class Rope:
     long: bool = False
     max_position: int = 8192
     attention_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """An adapter; see `models.lora`. Names and defaults are PEFT's and TRL's, but for the targets (TRL: by family).
+
+    Attributes:
+      r: rank.
+      alpha: the adapter's product is multiplied by `alpha / r`.
+      dropout: rate on the adapter's input; only with a key.
+      target_modules: `all-linear` (every linear module of the blocks), a list of their names in the checkpoint
+        (`q_proj`, `mlp.down_proj`), or a regular expression for whole names.
+      use_rslora: multiply by `alpha / sqrt(r)` instead.
+    """
+
+    r: int = 16
+    alpha: float = 32
+    dropout: float = 0.05
+    target_modules: str | tuple[str, ...] = "all-linear"
+    use_rslora: bool = False
+
+    def __post_init__(self):
+        """Raises ValueError on what makes no adapter."""
+        if self.r < 1 or self.alpha <= 0:
+            raise ValueError(f"r={self.r} must be at least 1, and alpha={self.alpha} above 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
+
+    @property
+    def scale(self) -> float:
+        """What the adapter's product is multiplied by."""
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 @dataclass(frozen=True)
@@ -98,6 +131,7 @@ class ModelConfig:
       bos_id: id of the token that begins a text, or None.
       eos_ids: ids that end a completion.
       pad_id: id used for padding by others; nothing here depends on it.
+      lora: of the adapter in `variables["lora"]`, where there is one.
     """
 
     family: str
@@ -149,6 +183,7 @@ class ModelConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
+    lora: LoraConfig | None = None
 
     def __post_init__(self):
         """Raises ValueError on sizes that cannot be built."""

@@ -21,6 +21,7 @@ from jaxalign.models.config import ModelConfig
 from jaxalign.models.families import tensors, to_hf
 from jaxalign.models.family import Tensor
 from jaxalign.models.identity import with_padding
+from jaxalign.models.lora import exportable
 from jaxalign.models.tensors import file_shape, join
 from jaxalign.models.transformer import Model
 from jaxalign.types import Array, Variables
@@ -109,7 +110,8 @@ def save(
     Args:
       folder: the target.
       model: the model.
-      variables: `{"params": ...}`, also sharded.
+      variables: `{"params": ...}`, also sharded; an adapter is merged in float32, one tensor at a time, and quantised
+        weights are written in full.
       tokenizer: written with it, or None.
       dtype: dtype of the tensors.
       base_model: Hub name of the model that was trained further, for the card.
@@ -131,12 +133,12 @@ def save(
         raise FileExistsError(f"{folder} exists; choose another folder or set overwrite")
     if config.score_head:
         config, tokenizer = with_padding(config, tokenizer)
-    hf = to_hf(config)
-    shards = _shards(_plan(config, variables["params"]), jnp.dtype(dtype).itemsize, max_shard_size)
+    hf, params = to_hf(config), exportable(config, variables)
+    shards = _shards(_plan(config, params), jnp.dtype(dtype).itemsize, max_shard_size)
     first = jax.process_index() == 0
     with _replaced_at_end(folder) if first else _nowhere() as place:
         for file, planned in shards.items():
-            _write_safetensors(place / file if place else None, planned, variables["params"], dtype)
+            _write_safetensors(place / file if place else None, planned, params, dtype)
         if place:
             if len(shards) > 1:
                 _write_json(place / "model.safetensors.index.json", _index(shards, dtype))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign.models.config import ModelConfig
+from jaxalign.models.peft import CONFIG_FILE, WEIGHTS_FILE, base_of, is_adapter
 from jaxalign.models.pretrained import ALL_FILES, find_checkpoint
 
 
@@ -19,14 +20,26 @@ def fingerprint(path: str | Path) -> str:
     Raises:
       FileNotFoundError: there is no such checkpoint.
     """
-    local = find_checkpoint(path, ALL_FILES)
+    local, digest = find_checkpoint(path, ALL_FILES), hashlib.sha256()
     files = sorted([local / "config.json", *local.glob("*.safetensors")]) if local.is_dir() else [local]
-    digest = hashlib.sha256()
+    if is_adapter(local):
+        return hashlib.sha256(f"{fingerprint(base_of(local))} {adapter_fingerprint(local)}".encode()).hexdigest()
     for file in files:
-        stat = file.stat()
         name = file.name if local.is_dir() else "model"
-        digest.update(f"{name} {_sha256(file, stat.st_size, stat.st_mtime_ns)}\n".encode())
+        digest.update(f"{name} {_digest(file)}\n".encode())
     return digest.hexdigest()
+
+
+def adapter_fingerprint(path: str | Path) -> str:
+    """SHA-256 over a PEFT adapter's weights and config, without its base."""
+    return hashlib.sha256(
+        f"{_digest(Path(path) / CONFIG_FILE)} {_digest(Path(path) / WEIGHTS_FILE)}".encode()
+    ).hexdigest()
+
+
+def _digest(file: Path) -> str:
+    stat = file.stat()
+    return _sha256(file, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -23,6 +23,9 @@ from jaxalign.models.families import from_hf, stored_name, tensors
 from jaxalign.models.family import Tensor
 from jaxalign.models.gguf import open_gguf
 from jaxalign.models.gguf_tokenizer import rebuild_tokenizer
+from jaxalign.models.peft import CONFIG_FILE, base_of, is_adapter, merged_source, open_adapter
+from jaxalign.models.projections import at, axes_of, is_projection, put
+from jaxalign.models.quantized import Quantization, quantize
 from jaxalign.models.tensors import Index, Source, file_shape, read
 from jaxalign.models.transformer import Model, Remat, build
 from jaxalign.sharding import param_shardings
@@ -44,6 +47,7 @@ def load(
     param_dtype: DType = "float32",
     compute_dtype: DType = "float32",
     remat: Remat = "none",
+    quantization: Quantization | None = None,
 ) -> tuple[Model, Variables]:
     """Loads a checkpoint.
 
@@ -51,11 +55,14 @@ def load(
     two copies of the model.
 
     Args:
-      path: a folder with a config.json and safetensors, a `.gguf` file (or a folder with only one), or a Hub name.
+      path: a folder with a config.json and safetensors, a `.gguf` file (or a folder with only one), a PEFT adapter's
+        folder (its base is loaded and the adapter merged into it, in float32), or a Hub name of one of these.
       mesh: where the parameters go, by the rules of `jaxalign.sharding`; None: the default device.
       param_dtype: the parameters are cast to it, tensor by tensor.
       compute_dtype: passed to `build`.
       remat: passed to `build`.
+      quantization: keep the blocks' projections in 8 (`int8`) or 4 bits (`nf4`), see `models.quantized`; they can be
+        trained through, for an adapter, but not be trained.
 
     Returns:
       The model and its variables, `{"params": ...}`.
@@ -65,18 +72,18 @@ def load(
       ValueError: an unknown family or setting; a tensor that is missing or of another shape; a file that is not whole.
     """
     local = find_checkpoint(path, ALL_FILES)
-    source = _open_folder(local) if local.is_dir() else open_gguf(local)
-    model = build(
-        _config(local, source.config), param_dtype=param_dtype, compute_dtype=compute_dtype, remat=remat, mesh=mesh
-    )
+    source, config = _open(local)
+    model = build(config, param_dtype=param_dtype, compute_dtype=compute_dtype, remat=remat, mesh=mesh)
     shapes = jax.eval_shape(model.init, jax.random.key(0))["params"]
     places = None if mesh is None else param_shardings(mesh, shapes)
-    return model, {"params": _read_params(source, model.config, shapes, places)}
+    return model, {"params": _read_params(source, model.config, shapes, places, quantization)}
 
 
 def load_config(path: str | Path) -> ModelConfig:
     """Only the config of what `load` would load; no tensor is read (nor, from the Hub, fetched)."""
     local = find_checkpoint(path, CONFIG_FILES)
+    if is_adapter(local):
+        return load_config(base_of(local))
     return _config(local, _read_config(local) if local.is_dir() else open_gguf(local).config)
 
 
@@ -88,6 +95,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
       ValueError: a GGUF file whose kind of tokenizer we do not know.
     """
     local = find_checkpoint(path, TOKENIZER_FILES)
+    if is_adapter(local) and not (local / "tokenizer_config.json").is_file():
+        return load_tokenizer(base_of(local))
     if local.is_dir():
         return AutoTokenizer.from_pretrained(local)
     rebuilt = rebuild_tokenizer(open_gguf(local).metadata)
@@ -139,7 +148,7 @@ def find_checkpoint(path: str | Path, files: list[str]) -> Path:
             raise ValueError(f"{local} is a file, but not a .gguf file; give the folder that holds config.json")
         return local
     if local.is_dir():
-        if (local / "config.json").is_file():
+        if (local / "config.json").is_file() or is_adapter(local):
             return local
         found = sorted(local.glob("*.gguf"))
         if len(found) == 1:
@@ -159,7 +168,7 @@ def find_checkpoint(path: str | Path, files: list[str]) -> Path:
 
 
 def _locate_snapshot(folder: str) -> Path:
-    if not (Path(folder) / "config.json").is_file():
+    if not (Path(folder) / "config.json").is_file() and not is_adapter(Path(folder)):
         raise FileNotFoundError(
             f"{folder}: the Hub's repository has no config.json; for a GGUF file, give its own path"
         )
@@ -177,6 +186,18 @@ def _read_config(path: Path) -> dict[str, Any]:
     if ends.is_file() and (eos := _read_json(ends).get("eos_token_id")) is not None:
         config = {**config, "eos_token_id": eos}
     return config
+
+
+def _open(path: Path) -> tuple[Source, ModelConfig]:
+    """A checkpoint and its config; an adapter over its base."""
+    if is_adapter(path):
+        try:
+            base, config = _open(find_checkpoint(base_of(path), ALL_FILES))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{path / CONFIG_FILE}: base_model_name_or_path: {error}") from error
+        return merged_source(base, config, open_adapter(path)), config
+    source = _open_folder(path) if path.is_dir() else open_gguf(path)
+    return source, _config(path, source.config)
 
 
 def _open_folder(path: Path) -> Folder:
@@ -227,7 +248,9 @@ def _config(path: Path, content: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _read_params(source: Source, config: ModelConfig, shapes: Any, places: Any) -> dict:
+def _read_params(
+    source: Source, config: ModelConfig, shapes: Any, places: Any, quantization: Quantization | None = None
+) -> dict:
     """All leaves; `shapes` and `places` (or None) are trees of ShapeDtypeStruct and NamedSharding."""
     wanted = _check(source, config, shapes)
     # The largest first: what a leaf needs beyond itself while it is read then comes when little else is there.
@@ -238,9 +261,21 @@ def _read_params(source: Source, config: ModelConfig, shapes: Any, places: Any) 
         leaf, inner = _read_leaf(source, wanted[path], _at(shapes, path), place), params
         for key in path[:-1]:
             inner = inner.setdefault(key, {})
+        small = path[-1] == "kernel" and is_projection(path[:-1])
         # Waited for: copies in flight would keep their host arrays alive beside it.
-        inner[path[-1]] = jax.block_until_ready(leaf)
+        inner |= jax.block_until_ready(_quantize(leaf, quantization, path, place) if small else {path[-1]: leaf})
     return params
+
+
+def _quantize(leaf: jax.Array, kind: Quantization | None, path: tuple[str, ...], place: NamedSharding | None) -> dict:
+    if kind is None:
+        return {path[-1]: leaf}
+    leaves = jax.jit(quantize, static_argnums=(1, 2))(leaf, kind, axes_of(path[:-1]))
+    if place is None:
+        return leaves
+    tree: dict = {}
+    put(tree, path[:-1], leaves)
+    return at(jax.device_put(tree, param_shardings(cast("Mesh", place.mesh), tree)), path[:-1])
 
 
 def _read_leaf(

@@ -17,8 +17,12 @@ from jaxalign.models.attention import Keys, attend, cache_mask, cap, rows_mask
 from jaxalign.models.cache import Cache, layer_of, write
 from jaxalign.models.config import DType, Layer, ModelConfig, Rope, segments
 from jaxalign.models.experts import Experts, Sums, add_sums
+from jaxalign.models.freezing import whole
 from jaxalign.models.heads import init_score_kernel
+from jaxalign.models.lora import adapter_config, expand
+from jaxalign.models.quantized import matmul
 from jaxalign.models.rope import rope_frequencies, rotate
+from jaxalign.models.unrolling import outside_segments, repeat_name, unroll
 from jaxalign.types import Array, TokenRows, Variables
 
 Remat = Literal["none", "dots", "full"]
@@ -99,12 +103,13 @@ def _build(
 
     def apply(variables: Variables, rows: TokenRows, cache: Cache | None = None, *, key=None, weights=None):
         rngs = {} if key is None else {"dropout": key}
-        return cast("tuple[jax.Array, Cache | None, Sums]", decoder.apply(variables, rows, cache, weights, rngs=rngs))
+        plain = expand(whole(variables))
+        return cast("tuple[jax.Array, Cache | None, Sums]", decoder.apply(plain, rows, cache, weights, rngs=rngs))
 
     def logits(variables: Variables, hidden: Array) -> jax.Array:
         if not config.lm_head:
             raise ValueError("this is a reward or value model: it has a score head and no LM head, so it says no words")
-        params, dtype = variables["params"], jnp.dtype(compute_dtype)
+        params, dtype = outside_segments(variables), jnp.dtype(compute_dtype)
         equation = "nd,vd->nv" if config.tie_embeddings else "nd,dv->nv"
         table = params["embed"]["embedding"] if config.tie_embeddings else params["head"]["kernel"]
         wide = jnp.promote_types(dtype, jnp.float32)
@@ -116,7 +121,7 @@ def _build(
     def scores(variables: Variables, hidden: Array) -> jax.Array:
         if not config.score_head:
             raise ValueError("this is a language model without a score head: models.add_score_head gives it one")
-        kernel = variables["params"]["score"]["kernel"]
+        kernel = outside_segments(variables)["score"]["kernel"]
         wide = jnp.promote_types(hidden.dtype, jnp.float32)
         flat = hidden.reshape(-1, hidden.shape[-1]).astype(wide)
         # One output costs nothing: TPUs and GPUs would round a float32 product to bfloat16 or TF32.
@@ -126,11 +131,11 @@ def _build(
     def rebuild(other: ModelConfig) -> Model:
         return _build(other, param_dtype, compute_dtype, remat, mesh, unrolled)
 
-    def unroll():
+    def unrolled_too():
         apart = _build(config, param_dtype, compute_dtype, remat, mesh, unrolled=True)
-        return apart, partial(_unroll, config, jnp.dtype(compute_dtype))
+        return apart, partial(unroll, config, jnp.dtype(compute_dtype))
 
-    return Model(config, init, apply, logits, scores, rebuild, unroll)
+    return Model(config, init, apply, logits, scores, rebuild, unrolled_too)
 
 
 class _Norm(nn.Module):
@@ -167,20 +172,36 @@ class _Linear(nn.Module):
     features: tuple[int, ...]
     use_bias: bool
     param_dtype: jnp.dtype
+    config: ModelConfig | None = None  # whose adapter it may have
     inputs: int = 1
 
     @nn.compact
     def __call__(self, x):
         shape = (*x.shape[x.ndim - self.inputs :], *self.features)
-        kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.param_dtype).astype(x.dtype)
         leading = x.shape[: x.ndim - self.inputs]
         # As one plain matrix product: XLA then needs no transposed copy of x for the gradient.
         width = math.prod(shape[: self.inputs])
-        y = (x.reshape(-1, width) @ kernel.reshape(width, -1)).reshape(*leading, *self.features)
+        flat = x.reshape(-1, width)
+        if self.has_variable("params", "values"):
+            values, scales = (self.get_variable("params", name) for name in ("values", "scales"))
+            y = matmul(flat, values, scales, (self.inputs, len(self.features)))
+        else:
+            kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.param_dtype).astype(x.dtype)
+            y = flat @ kernel.reshape(width, -1)
+        if self.has_variable("lora", "a"):
+            y = y + self._adapt(flat)
+        y = y.reshape(*leading, *self.features)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.features, self.param_dtype).astype(x.dtype)
             y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
         return y
+
+    def _adapt(self, x):
+        """The adapter's part, see `models.lora`."""
+        lora = adapter_config(self.config)
+        a, b = (self.get_variable("lora", name).astype(x.dtype) for name in ("a", "b"))
+        x = nn.Dropout(lora.dropout, deterministic=not self.has_rng("dropout"))(x)
+        return lora.scale * ((x @ a) @ b)
 
 
 class _Attention(nn.Module):
@@ -190,7 +211,8 @@ class _Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, angles, mask, cached):
-        c, linear = self.config, partial(_Linear, param_dtype=self.param_dtype)
+        c = self.config
+        linear = partial(_Linear, param_dtype=self.param_dtype, config=c)
         query = linear((c.num_heads, c.head_dim), c.qkv_bias, name="query")(x)
         key = linear((c.num_kv_heads, c.head_dim), c.qkv_bias, name="key")(x)
         value = linear((c.num_kv_heads, c.head_dim), c.qkv_bias, name="value")(x)
@@ -222,7 +244,8 @@ class _Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        c, linear = self.config, partial(_Linear, use_bias=self.config.mlp_bias, param_dtype=self.param_dtype)
+        c = self.config
+        linear = partial(_Linear, use_bias=c.mlp_bias, param_dtype=self.param_dtype, config=c)
         activation = ACTIVATION_FUNCTIONS[c.activation]
         up = linear((c.mlp_dim,), name="up")(x)
         inner = activation(linear((c.mlp_dim,), name="gate")(x)) * up if c.gated_mlp else activation(up)
@@ -318,9 +341,8 @@ class _Decoder(nn.Module):
             size, rest = len(segment.layers), (angles, masks, weights, cache, cache_masks)
             if self.unrolled:
                 for repeat in range(segment.repeats):
-                    x, (keys, of_block) = block(name=_repeat_name(index, repeat))(
-                        x, segment.start + repeat * size, *rest
-                    )
+                    run = block(name=repeat_name(index, repeat))
+                    x, (keys, of_block) = run(x, segment.start + repeat * size, *rest)
                     new.append(jax.tree.map(lambda a: a[None], keys))
                     sums.append(of_block)
             else:
@@ -343,30 +365,11 @@ class _Decoder(nn.Module):
             body = nn.remat(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         return nn.scan(
             body,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=cast("Any", (0, *[nn.broadcast] * 5)),  # flax says nothing of its type but the default, 0
             length=segment.repeats,
         )
-
-
-def _repeat_name(segment: int, repeat: int) -> str:
-    return f"segment_{segment}_{repeat}"
-
-
-def _unroll(config: ModelConfig, dtype: jnp.dtype, variables: Variables) -> Variables:
-    """The layers of each segment apart, in the dtype of computation; norms, which compute wider, stay as they are."""
-
-    def cast_leaf(path, x):
-        kept = path[-1].key == "scale" or any(part.key == "score" for part in path[:-1])
-        return x if kept else x.astype(dtype)
-
-    params = dict(variables["params"])
-    for index, segment in enumerate(segments(config)):
-        stacked = params.pop(f"segment_{index}")
-        for repeat in range(segment.repeats):
-            params[_repeat_name(index, repeat)] = jax.tree.map(lambda x, repeat=repeat: x[repeat], stacked)
-    return {**variables, "params": jax.tree.map_with_path(cast_leaf, params)}
 
 
 def _kinds(config: ModelConfig) -> tuple[list[int | None], list[Rope | None]]:

@@ -13,6 +13,7 @@ from jaxalign.config import OUTPUTS, RunConfig, Stage, read_config_text
 from jaxalign.evaluation import Comparison, Side
 from jaxalign.methods import METHODS
 from jaxalign.methods.common import trains_scores
+from jaxalign.models.identity import adapter_fingerprint
 from jaxalign.run.compare import check_prompts, compare
 from jaxalign.run.evaluate import evaluate_stage
 from jaxalign.run.folder import create_folder, describe_backend, find_folder, locked, record_stage, write_text
@@ -128,14 +129,16 @@ def resolve_inputs(stage: Stage, policies: Mapping[str, str]) -> Stage:
 
 
 def _lineage(ready: Prepared) -> dict[str, Any]:
-    model, report, rows = (
+    model, lora, report, rows = (
         ready.stage.model,
+        ready.stage.lora,
         ready.data.report,
         [each.rows for each in (ready.data.train, ready.data.eval) if each is not None],
     )
     return {
         "policy": {"from": model.path, "sha256": models.fingerprint(model.path)},
         "reference": model.reference and {"from": model.reference, "sha256": models.fingerprint(model.reference)},
+        "adapter": lora and lora.path and {"from": lora.path, "sha256": adapter_fingerprint(lora.path)},
         "data": {path: digest for each in rows if each is not None for path, digest in each.hashes.items()},
         **({"parts": {title: asdict(share) for title, share in report.parts.items()}} if report.parts else {}),
         **({"removed": report.filters} if report.filters else {}),

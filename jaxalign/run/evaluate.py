@@ -15,7 +15,7 @@ from jaxalign.config import Stage
 from jaxalign.methods import METHODS
 from jaxalign.methods.common import is_online, make_eval_step, split_variables
 from jaxalign.methods.offline import ExampleList, OfflineSource, make_batches
-from jaxalign.run.inputs import Say, attach_reference, load_policy
+from jaxalign.run.inputs import Say, attach_reference, load_policy, load_start
 from jaxalign.run.online import load_scoring, make_judge
 from jaxalign.run.prepare import Prepared, prepare
 from jaxalign.training.metrics import Interval
@@ -35,13 +35,14 @@ def evaluate_stage(stage: Stage, path: str | None, *, say: Say) -> dict[str, flo
     if is_online(METHODS[stage.method_name]):
         ready = prepare(stage)
         judge = make_judge(ready, load_scoring(ready), ready.data.eval or ready.data.train)
-        return Interval().add(judge(load_policy(ready, path or stage.model.path))).values()
+        load = functools.partial(load_policy, ready)
+        return Interval().add(judge(load_start(ready, load) if path is None else load(path))).values()
     if METHODS[stage.method_name].NEEDS_REFERENCE:
         stage = replace(stage, method=replace(stage.method, precompute_ref_log_probs=False))
     ready = prepare(stage)
     load = functools.cache(functools.partial(load_policy, ready))
     examples = attach_reference(ready, Path(), load, say)
-    policy = load(path or stage.model.path)
+    policy = load_start(ready, load) if path is None else load(path)
     judged, lookup = ready.data.train, examples.train
     if ready.data.eval is not None and examples.eval is not None:
         judged, lookup = ready.data.eval, examples.eval

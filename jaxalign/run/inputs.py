@@ -13,12 +13,16 @@ import numpy as np
 from jaxalign import data, models
 from jaxalign.methods.offline import ExampleList
 from jaxalign.methods.reference import cache_key, precompute
+from jaxalign.models.identity import adapter_fingerprint
+from jaxalign.run.adapting import adapt
 from jaxalign.run.prepare import Prepared, resolve_dtype
 from jaxalign.sharding import param_shardings
 from jaxalign.types import Batch, Variables
 
 Say = Callable[[str], None]
-HEAD = np.iinfo(np.int32).max  # no step has this number: the new head's draw is none of theirs
+# No step has these numbers: the draws of a new head and of a new adapter are none of theirs.
+HEAD = np.iinfo(np.int32).max
+ADAPTER = HEAD - 3
 
 
 @dataclass(frozen=True)
@@ -37,17 +41,22 @@ class Examples:
 
 
 def load_policy(ready: Prepared, path: str) -> Variables:
-    """Parameters on the mesh, in the stage's dtype; with a new score head, where the stage needs one and there is none.
+    """Parameters on the mesh, in the stage's dtype or quantised, without an adapter.
+
+    They have a new score head, where the stage needs one and there is none.
 
     Raises:
       ValueError: the checkpoint is another model than the stage's: the same functions would misread it.
     """
-    model, variables = models.load(path, mesh=ready.mesh, param_dtype=ready.stage.model.param_dtype)
+    settings = ready.stage.model
+    model, variables = models.load(
+        path, mesh=ready.mesh, param_dtype=settings.param_dtype, quantization=settings.quantization
+    )
     if ready.model.config.score_head and not model.config.score_head:
         key = jax.random.fold_in(jax.random.key(ready.stage.train.seed), HEAD)
         model, variables = models.add_score_head(model, variables, key)
         variables = jax.device_put(variables, param_shardings(ready.mesh, variables))
-    same = {"bos_id": None, "eos_ids": (), "pad_id": None, "score_bias": 0.0}
+    same = {"bos_id": None, "eos_ids": (), "pad_id": None, "score_bias": 0.0, "lora": None}
     ours, theirs = (asdict(replace(each, **same)) for each in (ready.model.config, model.config))
     other = [
         f"{name} is {theirs[name]!r} instead of {value!r}" for name, value in ours.items() if theirs[name] != value
@@ -55,6 +64,24 @@ def load_policy(ready: Prepared, path: str) -> Variables:
     if other:
         raise ValueError(f"{path} is not the same model as {ready.stage.model.path}: {'; '.join(other)}")
     return variables
+
+
+def load_start(ready: Prepared, load: Callable[[str], Variables]) -> Variables:
+    """The policy's start: its parameters, and what of them trains."""
+    variables = load(ready.stage.model.path)
+    key = jax.random.fold_in(jax.random.key(ready.stage.train.seed), ADAPTER)
+    return adapt(ready.stage, ready.model.config, variables, key)
+
+
+def load_reference(ready: Prepared, load: Callable[[str], Variables]) -> Variables:
+    """The reference's variables: `model.reference`, or the policy's start, whose arrays it then shares.
+
+    A new adapter changes nothing yet, so that start is the weights without it; one that goes on is part of it.
+    """
+    stage = ready.stage
+    if stage.model.reference is None and stage.lora is not None and stage.lora.path is not None:
+        return load_start(ready, load)
+    return load(stage.model.reference or stage.model.path)
 
 
 def attach_reference(ready: Prepared, folder: Path, load: Callable[[str], Variables], say: Say) -> Examples:
@@ -72,14 +99,18 @@ def attach_reference(ready: Prepared, folder: Path, load: Callable[[str], Variab
     path = stage.model.reference or stage.model.path
     run = jax.jit(ready.method.make_reference(stage.method, ready.model))
     if not stage.method.precompute_ref_log_probs:
-        return Examples(train, held_out, partial(run, load(path)))
+        return Examples(train, held_out, partial(run, load_reference(ready, load)))
     dtypes = f"{stage.model.param_dtype} {resolve_dtype(stage.model.compute_dtype)}"
     fingerprint = f"{models.fingerprint(path)} {dtypes}"
+    if stage.model.quantization is not None:
+        fingerprint += f" {stage.model.quantization}"
+    if stage.lora is not None and stage.lora.path is not None and stage.model.reference is None:
+        fingerprint += f" {adapter_fingerprint(stage.lora.path)}"
 
     def attach(examples: data.Examples) -> ExampleList:
         where = folder / "reference" / f"{cache_key(examples, fingerprint)}.npy"
         say(f"reference log-probs: {'read from' if where.is_file() else 'computed into'} {where}")
-        fill = lambda batch: run(load(path), batch)  # noqa: E731
+        fill = lambda batch: run(load_reference(ready, load), batch)  # noqa: E731
         return precompute(ready.method, stage.method, examples, ready.layout, ready.mesh, fill, where)
 
     return Examples(attach(train), None if held_out is None else attach(held_out), None)

@@ -15,7 +15,8 @@ from jaxalign.methods.common import has_critic
 from jaxalign.methods.online import OnlineSource, Parts
 from jaxalign.methods.rollout import Draw, Pass, make_draw, reward_metrics, rollout_metrics, to_experience
 from jaxalign.rewards.model import make_scorer
-from jaxalign.run.inputs import HEAD
+from jaxalign.run.adapting import adapt
+from jaxalign.run.inputs import ADAPTER, HEAD, load_start
 from jaxalign.run.prepare import Prepared, resolve_dtype, sampling_config
 from jaxalign.run.scoring import load_functions, reward_names
 from jaxalign.sampling import bucket_width
@@ -127,10 +128,11 @@ def online_models(ready: Prepared, key: jax.Array, load: Callable[[str], Variabl
         "policy": lambda params, frozen, batch: logps(language_model(ready, method.policy_of(params, frozen)), batch),
     }
     if not has_critic(method):
-        return Trained(ready.model, shapes, lambda: load(stage.model.path), passes)
+        start = jax.eval_shape(lambda variables: adapt(stage, ready.model.config, variables, key), shapes)
+        return Trained(ready.model, start, lambda: load_start(ready, load), passes)
     other, head, path = None, jax.random.fold_in(key, HEAD), stage.model.critic
     if path is not None:
-        other = ready.model.rebuild(models.load_config(path))
+        other = ready.model.rebuild(replace(models.load_config(path), lora=ready.model.config.lora))
     made = []
 
     def begin(variables: Variables, critic: Variables | None) -> dict[str, Variables]:
@@ -138,14 +140,22 @@ def online_models(ready: Prepared, key: jax.Array, load: Callable[[str], Variabl
             stage.method, ready.model, variables, head, None if other is None else (other, critic)
         )
         made.append(both)
-        return by_role
+        # The critic has an adapter of its own.
+        keys = {role: jax.random.fold_in(key, ADAPTER - i) for i, role in enumerate(("policy", "value"))}
+        configs = {"policy": both.policy.config, "value": both.value.config}
+        return {
+            role: adapt(stage, configs[role], each, keys[role], continued=role == "policy" or other is None)
+            for role, each in by_role.items()
+        }
 
     by_role = jax.eval_shape(begin, shapes, None if other is None else jax.eval_shape(other.init, key))
 
     def load_both() -> dict[str, Variables]:
         critic = None
         if path is not None:
-            critic = models.load(path, mesh=ready.mesh, param_dtype=stage.model.param_dtype)[1]
+            critic = models.load(
+                path, mesh=ready.mesh, param_dtype=stage.model.param_dtype, quantization=stage.model.quantization
+            )[1]
         return begin(load(stage.model.path), critic)
 
     values = method.make_values(stage.method, made[0].value)
@@ -272,8 +282,11 @@ def make_online_samples(ready: Prepared, scoring: Scoring, source: OnlineSource)
 
 def language_model(ready: Prepared, variables: Variables) -> Variables:
     """The policy's variables without the head of a critic that shares its blocks."""
-    params = {name: tree for name, tree in variables["params"].items() if name != "score"}
-    return {**variables, "params": params}
+
+    def keep(tree: Any) -> Any:
+        return {name: part for name, part in tree.items() if name != "score"}
+
+    return {kind: keep(tree) if kind in ("params", "frozen") else tree for kind, tree in variables.items()}
 
 
 def _load_scorer(ready: Prepared, path: str) -> Callable[[list[np.ndarray]], np.ndarray]:

@@ -19,6 +19,7 @@ from jaxalign.methods.offline import Layout, make_layout, packing_report
 from jaxalign.methods.rollout import row_length
 from jaxalign.models.config import DType
 from jaxalign.models.heads import score_config
+from jaxalign.run.adapting import adapted_config, check_adapting
 from jaxalign.run.scoring import check_rewards, reward_names
 from jaxalign.sharding import data_shards, make_mesh
 from jaxalign.training.metrics import check_writers
@@ -65,6 +66,9 @@ def prepare(stage: Stage) -> Prepared:
     """
     method, mesh = METHODS[stage.method_name], make_mesh(stage.mesh)
     config = _heads(stage, models.load_config(stage.model.path))
+    shapes = jax.eval_shape(models.build(config).init, jax.random.key(0))
+    config = adapted_config(stage, config, shapes)
+    check_adapting(stage, config, shapes)
     if stage.data.max_length > config.max_position:
         raise ValueError(
             f"data.max_length={stage.data.max_length} exceeds the model's context of {config.max_position}"
@@ -161,7 +165,7 @@ def _check_evaluation(ready: Prepared) -> None:
         raise ValueError("log.sample_steps: a reward model gives scores and no answers; set it to null here")
     if "float16" in (model.param_dtype, model.compute_dtype):
         raise ValueError("model: float16 cannot be trained in here (its gradients underflow); use bfloat16 or float32")
-    if model.param_dtype == "bfloat16":
+    if model.param_dtype == "bfloat16" and ready.stage.lora is None:
         logger.warning("model.param_dtype=bfloat16: small updates round to nothing; float32 is right for full training")
     if ready.data.eval is None:
         asked = ["eval_steps", "eval_on_start", "load_best_model_at_end", "early_stopping_patience"]

@@ -14,13 +14,14 @@ import jax
 
 from jaxalign import evaluation, models, sampling
 from jaxalign.config import Stage
-from jaxalign.methods.common import has_critic, is_online, join_variables
+from jaxalign.methods.common import is_online, join_variables, split_start
 from jaxalign.methods.offline import OfflineSource, make_source
 from jaxalign.methods.online import OnlineSource
 from jaxalign.models.config import forward_flops, mean_attended
+from jaxalign.run.adapting import adapt, describe_training
 from jaxalign.run.evaluate import make_evaluate
 from jaxalign.run.hardware import peak_flops
-from jaxalign.run.inputs import Examples, Say, attach_reference, load_policy
+from jaxalign.run.inputs import Examples, Say, attach_reference, load_policy, load_reference, load_start
 from jaxalign.run.online import (
     language_model,
     load_scoring,
@@ -90,18 +91,26 @@ def run_stage(
         say(f"{title}: {len(ready.data.removed)} rows left out are in {folder / REMOVED}")
     shape = f"{ready.num_steps} steps of {stage.train.batch_size} examples in rows of {ready.layout.length} tokens"
     say(f"{title}: {shape}, computed in {resolve_dtype(stage.model.compute_dtype)}")
+    shapes = jax.eval_shape(ready.model.init, jax.random.key(0))
+    if line := describe_training(stage, ready.model.config, shapes):
+        say(f"{title}: {line}")
     with Checkpoints(folder / "checkpoints", save_total_limit=stage.train.save_total_limit) as checkpoints:
-        result = _train(ready, folder, checkpoints, say, make_progress, show)
+        result, frozen = _train(ready, folder, checkpoints, say, make_progress, show)
     if result.reason == "terminated":
         say(f"{title}: stopped at step {result.step}, all is saved; the same command continues")
         return StageResult(stage.name, folder, None, result.reason, last_metrics(folder))
     say(f"{title}: {result.reason.replace('_', ' ')} after {result.step} steps, writing {export}")
     ends = models.end_ids(ready.model.config, ready.data.tokenizer)
-    model, params = finish_scores(ready, _exported(ready, result.state.params), say)
+    model, variables = finish_scores(ready, _exported(ready, result.state.params, frozen), say)
+    if stage.lora is not None and jax.process_index() == 0:
+        adapter = folder / "adapter"
+        models.save_adapter(adapter, model.config, variables, base_model=stage.model.path)
+        ready.data.tokenizer.save_pretrained(adapter)
+        say(f"{title}: the adapter alone is in {adapter}")
     models.save(
         export,
         replace(model, config=replace(model.config, eos_ids=ends)),
-        params,
+        variables,
         ready.data.tokenizer,
         dtype=stage.export.dtype or stage.model.param_dtype,
         base_model=stage.model.path,
@@ -110,11 +119,10 @@ def run_stage(
     return StageResult(stage.name, folder, export, result.reason, last_metrics(folder))
 
 
-def _exported(ready: Prepared, params: Any) -> Variables:
+def _exported(ready: Prepared, params: Any, frozen: Any) -> Variables:
     """What becomes of a stage's parameters in its export: the policy, without a critic."""
     if not is_online(ready.method):
-        return params
-    frozen = {role: {} for role in params} if has_critic(ready.method) else {}
+        return join_variables(params, frozen)
     return language_model(ready, ready.method.policy_of(params, frozen))
 
 
@@ -169,7 +177,8 @@ def _train(
     say: Say,
     make_progress: MakeProgress | None,
     show: loop.Show | None,
-) -> loop.FitResult:
+) -> tuple[loop.FitResult, Any]:
+    """The result of training, and what was frozen in it."""
     stage = ready.stage
     optimizer, schedule = make_optimizer(stage.optimizer, ready.num_steps)
     key = jax.random.key(stage.train.seed)
@@ -180,12 +189,20 @@ def _train(
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes[0], shardings[0])
     restored = checkpoints.restore(like)
     if restored is None:
-        # Variables that nobody else uses become the state without a second copy.
-        born = jax.jit(init, out_shardings=shardings, donate_argnums=() if begin.shared else (0,))
-        state, frozen = born(begin.load())
+        params, frozen = split_start(ready.method, begin.load())
+        # What nobody else uses becomes the state without a second copy, and what is frozen stays where it is.
+        born = jax.jit(
+            lambda params, frozen: init(join_variables(params, frozen))[0],
+            out_shardings=shardings[0],
+            donate_argnums=() if begin.shared else (0,),
+        )
+        state = born(params, frozen)
+        del params
     else:
         say(f"continuing after step {restored.step}")
         state, frozen = restored.state, shapes[1]
+        if jax.tree.leaves(frozen):
+            _, frozen = split_start(ready.method, begin.load())
     pieces = begin.pieces(frozen)
     make_step = ready.method.make_step(stage.method, begin.model, optimizer, schedule)
     step = jax.jit(make_step, donate_argnums=0, out_shardings=(shardings[0], None))
@@ -201,7 +218,7 @@ def _train(
             for writer in writers:
                 writer.write(0, {f"eval_{name}": value for name, value in found.items()})
         progress = make_progress(ready.num_steps, resume_step or 0, title) if make_progress else nullcontext()
-        return loop.fit(
+        result = loop.fit(
             state,
             frozen,
             step,
@@ -216,6 +233,7 @@ def _train(
             show=show,
             progress=stack.enter_context(progress),
         )
+        return result, frozen
 
 
 def _offline(ready: Prepared, folder: Path, key: jax.Array, say: Say) -> _Start:
@@ -231,8 +249,8 @@ def _offline(ready: Prepared, folder: Path, key: jax.Array, say: Say) -> _Start:
 
     # A live reference may be these very variables.
     shared = examples.fill is not None and stage.model.reference in (None, stage.model.path)
-    shapes = jax.eval_shape(ready.model.init, key)
-    return _Start(ready.model, shapes, lambda: load(stage.model.path), shared, pieces)
+    shapes = jax.eval_shape(lambda key: adapt(stage, ready.model.config, ready.model.init(key), key), key)
+    return _Start(ready.model, shapes, lambda: load_start(ready, load), shared, pieces)
 
 
 def _online(ready: Prepared, folder: Path, key: jax.Array, say: Say) -> _Start:
@@ -244,7 +262,7 @@ def _online(ready: Prepared, folder: Path, key: jax.Array, say: Say) -> _Start:
     trained = online_models(ready, key, load)
 
     def pieces(frozen: Any) -> _Pieces:
-        passes = make_passes(ready, lambda: load(stage.model.reference or stage.model.path), trained.passes, frozen)
+        passes = make_passes(ready, lambda: load_reference(ready, load), trained.passes, frozen)
         load.cache_clear()
         source = make_online_source(ready, scoring, passes, frozen, key)
         evaluate = make_online_evaluate(ready, scoring, frozen)
@@ -312,7 +330,9 @@ def _flops_per_step(ready: Prepared) -> float | None:
     tokens, targets = (ready.stage.train.batch_size * n for n in (mean["total"], mean["total"] - mean["prompt"]))
     config = ready.model.config
     attended = tokens * mean_attended(config, mean["total"])
-    return 3.0 * forward_flops(config, int(tokens), int(attended), int(targets))
+    # A frozen weight needs no gradient: the backward pass is then as dear as the forward pass, not twice as dear.
+    passes = 3.0 if ready.stage.lora is None else 2.0
+    return passes * forward_flops(config, int(tokens), int(attended), int(targets))
 
 
 def _make_on_sample(ready: Prepared, frozen: Variables) -> loop.OnSample:

@@ -30,6 +30,9 @@ def make_decoding(model: Model, mesh: Mesh | None = None) -> Callable[[Variables
     def shardings(shapes: PyTree) -> PyTree:
         return jax.tree.map(spread, param_shardings(mesh, shapes))
 
-    return jax.jit(
-        unroll, out_shardings=shardings(jax.eval_shape(lambda key: unroll(model.init(key)), jax.random.key(0)))
-    )
+    # What comes of it depends on the variables: quantised weights stay so, adapters are merged.
+    def place(variables: Variables) -> Variables:
+        apart = unroll(variables)
+        return jax.lax.with_sharding_constraint(apart, shardings(apart))
+
+    return jax.jit(place)

@@ -8,7 +8,9 @@ import pytest
 
 from jaxalign.losses.masking import by_step
 from jaxalign.losses.tokens import token_logps
+from jaxalign.models import LoraConfig, add_lora
 from jaxalign.models.pretrained import load, load_tokenizer
+from jaxalign.models.quantized import quantize_params
 from jaxalign.packing import Document, pack
 from jaxalign.sampling import Config, make_decoding, make_generate
 from jaxalign.types import Samples
@@ -99,6 +101,23 @@ def test_sampler_and_trainer_agree_in_bfloat16(small, pad):
     documents = plain(small.prompts, completions(samples))
     apart, _ = differences(small.narrow, small.variables, documents, 1, samples, 0.7)
     assert 0 < apart.mean() <= 0.05 / 0.7
+
+
+@pytest.mark.parametrize("kind", [None, "nf4"], ids=["merged", "applied over 4 bits"])
+def test_sampler_and_trainer_agree_under_an_adapter(small, pad, kind):
+    """The sampler merges an adapter, or applies it where weights are quantised; the trainer always applies it."""
+    variables = small.variables if kind is None else {"params": quantize_params(small.variables["params"], kind)}
+    model, variables = add_lora(small.model, variables, LoraConfig(r=4, dropout=0.0), jax.random.key(5))
+    rng = np.random.default_rng(5)
+    lora = jax.tree.map(lambda x: (0.1 * rng.normal(size=x.shape)).astype(np.float32), variables["lora"])
+    config = Config(temperature=0.7, top_p=0.9, top_k=20, max_new_tokens=NEW, eos_ids=EOS_IDS)
+    samples = draw(model, {**variables, "lora": lora}, config, pad(small.prompts))
+    documents = plain(small.prompts, completions(samples))
+    apart, _ = differences(model, {**variables, "lora": lora}, documents, 1, samples, 0.7)
+    assert apart.max() <= 1e-4 / 0.7
+    assert apart.mean() <= 1e-5 / 0.7
+    off, _ = differences(model, {"params": variables["params"]}, documents, 1, samples, 0.7)
+    assert off.mean() > 0.1
 
 
 def test_sampler_and_trainer_agree_on_smollm2(smollm2, pad):

@@ -42,10 +42,17 @@ def start(
 
 
 def read(
-    model: Model, variables: Variables, batch: Batch, key: jax.Array | None, chunk: int, *, temperature: float = 1.0
+    model: Model,
+    variables: Variables,
+    batch: Batch,
+    key: jax.Array | None,
+    chunk: int,
+    *,
+    temperature: float = 1.0,
+    noise: Array | None = None,
 ) -> TokenStatistics:
     """Runs the model on a micro-batch and the head where its predictions ask."""
-    hidden, _, _ = model.apply(variables, batch.rows, key=key)
+    hidden, _, _ = model.apply(variables, batch.rows, key=key, noise=noise)
     logits = partial(model.logits, variables)
     return token_statistics(logits, hidden, batch.predictions, temperature=temperature, chunk=chunk)
 

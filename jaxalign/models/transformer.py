@@ -38,8 +38,9 @@ class Model:
     Attributes:
       config: what it computes.
       init: `key -> variables`, a random model (normal, standard deviation 0.02).
-      apply: `(variables, rows, cache=None, *, key=None) -> (hidden [rows, length, embed_dim], cache, aux)`. With a
-        cache, row i continues slot i and the returned cache holds the new tokens too; dropout is on only with a key;
+      apply: `(variables, rows, cache=None, *, key=None, noise=None) -> (hidden [rows, length, embed_dim], cache, aux)`.
+        With a cache, row i continues slot i and the returned cache holds the new tokens too; dropout is on only with a
+        key; `noise`, `[rows, length, embed_dim]`, is added to the token embeddings;
         `aux` is a dict of float32 scalars to add to a loss, empty for dense models.
       logits: `(variables, hidden [..., embed_dim]) -> float32 [..., vocab_size]`.
       scores: `(variables, hidden [..., embed_dim]) -> float32 [...]`, one number per hidden state: a reward or a value.
@@ -82,9 +83,16 @@ def _build(
         rows = TokenRows.from_padded(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
         return {"params": decoder.init(key, rows, None)["params"]}
 
-    def apply(variables: Variables, rows: TokenRows, cache: Cache | None = None, *, key: jax.Array | None = None):
+    def apply(
+        variables: Variables,
+        rows: TokenRows,
+        cache: Cache | None = None,
+        *,
+        key: jax.Array | None = None,
+        noise: Array | None = None,
+    ):
         rngs = {} if key is None else {"dropout": key}
-        read = cast("tuple[jax.Array, Cache | None]", decoder.apply(variables, rows, cache, rngs=rngs))
+        read = cast("tuple[jax.Array, Cache | None]", decoder.apply(variables, rows, cache, noise, rngs=rngs))
         return *read, {}
 
     def logits(variables: Variables, hidden: Array) -> jax.Array:
@@ -275,11 +283,12 @@ class _Decoder(nn.Module):
     unrolled: bool = False
 
     @nn.compact
-    def __call__(self, rows, cache):
+    def __call__(self, rows, cache, noise=None):
         c = self.config
         normal = nn.initializers.normal(0.02)
         embed = partial(nn.Embed, features=c.embed_dim, embedding_init=normal, param_dtype=self.param_dtype)
         x = embed(c.vocab_size, name="embed")(rows.tokens)
+        x = x if noise is None else x + noise.astype(x.dtype)
         if c.learned_positions:
             x = x + embed(c.max_position, name="positions")(rows.positions)
         x = x.astype(self.compute_dtype)

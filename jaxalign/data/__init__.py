@@ -7,6 +7,7 @@ from jaxalign.data.formats import Bad, DataConfig, normalise
 from jaxalign.data.pipeline import Batches, HostBatch
 from jaxalign.data.reading import Rows, read
 from jaxalign.data.tokenizer import prepare
+from jaxalign.data.wrapping import wrap
 
 __all__ = [
     "Bad",
@@ -29,4 +30,5 @@ __all__ = [
     "prepare",
     "problems",
     "read",
+    "wrap",
 ]

@@ -72,8 +72,8 @@ def to_document(config: Config, example: common.Example) -> Document:
 
 
 def count_tokens(example: common.Example) -> int:
-    """Tokens of an example as `num_tokens` counts them."""
-    return len(example["input_ids"])
+    """Tokens of an example as `num_tokens` counts them; of a wrapped row, those that the row before has not."""
+    return len(example["input_ids"]) - int(np.sum(example.get("carried", 0)))
 
 
 def totals(batch: Batch) -> Totals:

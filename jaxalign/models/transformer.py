@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxalign.models.attention import Keys, attend, cache_mask, rows_mask
+from jaxalign.models.attention import Keys, attend, cache_mask, rows_mask, self_mask
 from jaxalign.models.cache import Cache, layer_of, write
 from jaxalign.models.config import DType, ModelConfig, Rope, segments
 from jaxalign.models.heads import init_score_kernel
@@ -294,7 +294,8 @@ class _Decoder(nn.Module):
         x = x.astype(self.compute_dtype)
         x = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))(x)
         angles = rows.positions[..., None] * rope_frequencies(c.rope, c.head_dim).reshape(1, 1, -1) if c.rope else None
-        masks = tuple(rows_mask(rows, window) for window in _kinds(c))
+        alone = cache is None or not cache.positions.shape[1]
+        masks = tuple((self_mask if alone else rows_mask)(rows, window) for window in _kinds(c))
         cache_masks = () if cache is None else tuple(cache_mask(rows, cache.positions, window) for window in _kinds(c))
         new = []
         for index, segment in enumerate(segments(c)):

@@ -74,6 +74,11 @@ def trains_scores(method: ModuleType) -> bool:
     return getattr(method, "SCORES", False)
 
 
+def score_labels(method: ModuleType) -> int:
+    """Outputs of the score head that a method trains (`LABELS`), see `ModelConfig.score_labels`."""
+    return getattr(method, "LABELS", 1)
+
+
 def is_online(method: ModuleType) -> bool:
     """Whether a method learns from its own completions (`ONLINE`) instead of a data set's."""
     return getattr(method, "ONLINE", False)
@@ -97,6 +102,11 @@ def masked_mean(x: Array, mask: Array) -> Mean:
 def make_eval_step(method: ModuleType, config: Any, model: Model) -> Callable[[PyTree, PyTree, Batch], Metrics]:
     """`(params, frozen, batch) -> metrics` of a method's loss, without gradients or dropout."""
     return partial(evaluate, method.make_loss(config, model), method.totals)
+
+
+def for_evaluation(method: ModuleType, config: Any) -> Any:
+    """The Config that a method is evaluated with (`EVALUATION`: what is other than in training)."""
+    return replace(config, **getattr(method, "EVALUATION", {}))
 
 
 def pack_examples(method: ModuleType, config: Any, examples: Sequence[Example], **layout: Any) -> Batch:

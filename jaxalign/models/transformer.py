@@ -15,7 +15,7 @@ from flax import linen as nn
 from jaxalign.models.attention import Keys, attend, cache_mask, rows_mask, self_mask
 from jaxalign.models.cache import Cache, layer_of, write
 from jaxalign.models.config import DType, ModelConfig, Rope, segments
-from jaxalign.models.heads import init_score_kernel
+from jaxalign.models.heads import init_score_head
 from jaxalign.types import Array, TokenRows, Variables
 
 Remat = Literal["none", "dots", "full"]
@@ -43,7 +43,8 @@ class Model:
         key; `noise`, `[rows, length, embed_dim]`, is added to the token embeddings;
         `aux` is a dict of float32 scalars to add to a loss, empty for dense models.
       logits: `(variables, hidden [..., embed_dim]) -> float32 [..., vocab_size]`.
-      scores: `(variables, hidden [..., embed_dim]) -> float32 [...]`, one number per hidden state: a reward or a value.
+      scores: `(variables, hidden [..., embed_dim]) -> float32 [...]`, one number per hidden state: a reward, a value, or the
+        log-odds that a step is right.
       rebuild: `config -> Model`, another config with the same dtypes and rematerialisation.
       unrolled: `() -> (Model, unroll)`: the same functions over `unroll(variables)`, in which every layer has arrays of
         its own, in the dtype of computation. For sampling: out of stacked arrays XLA copies each layer for each token.
@@ -109,11 +110,14 @@ def _build(
     def scores(variables: Variables, hidden: Array) -> jax.Array:
         if not config.score_head:
             raise ValueError("this is a language model without a score head: models.add_score_head gives it one")
-        kernel = variables["params"]["score"]["kernel"]
+        head = variables["params"]["score"]
         wide = jnp.promote_types(hidden.dtype, jnp.float32)
         flat = hidden.reshape(-1, hidden.shape[-1]).astype(wide)
         # One output costs nothing: TPUs and GPUs would round a float32 product to bfloat16 or TF32.
-        product = jnp.matmul(flat, kernel.astype(wide), precision=jax.lax.Precision.HIGHEST)
+        product = jnp.matmul(flat, head["kernel"].astype(wide), precision=jax.lax.Precision.HIGHEST)
+        if config.score_labels == 2:
+            product = product + head["bias"].astype(wide)[None]
+            product = product[:, 1] - product[:, 0]
         return product.reshape(hidden.shape[:-1]) + config.score_bias
 
     def rebuild(other: ModelConfig) -> Model:
@@ -314,7 +318,7 @@ class _Decoder(nn.Module):
             shape = (c.embed_dim, c.vocab_size)
             self.param("head", lambda key: {"kernel": normal(key, shape, self.param_dtype)})
         if c.score_head:
-            self.param("score", lambda key: {"kernel": init_score_kernel(key, c.embed_dim, dtype=self.param_dtype)})
+            self.param("score", lambda key: init_score_head(key, c, dtype=self.param_dtype))
         x = _Norm(c.norm, c.norm_eps, self.param_dtype, name="final_norm")(x)
         return x, None if cache is None else write(cache, rows, new, x)
 

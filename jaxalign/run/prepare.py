@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxalign import data, models, sampling
 from jaxalign.config import Stage
 from jaxalign.methods import METHODS
-from jaxalign.methods.common import has_critic, is_online, make_eval_step, split_variables, trains_scores
+from jaxalign.methods.common import has_critic, is_online, make_eval_step, score_labels, split_variables, trains_scores
 from jaxalign.methods.offline import Layout, make_layout, packing_report
 from jaxalign.methods.rollout import row_length
 from jaxalign.models.config import DType
@@ -107,12 +107,18 @@ def best_metric(stage: Stage) -> str:
 def _heads(stage: Stage, config: models.ModelConfig) -> models.ModelConfig:
     """The config of what the stage trains: a language model, or one with a score head instead."""
     if trains_scores(METHODS[stage.method_name]):
-        if config.score_head and config.pad_id in config.eos_ids:
+        labels = score_labels(METHODS[stage.method_name])
+        if config.score_head and config.score_labels != labels:
+            raise ValueError(
+                f"model.path={stage.model.path} has a score head with num_labels={config.score_labels}; "
+                f"{stage.method_name} trains one with {labels}"
+            )
+        if config.score_head and labels == 1 and config.pad_id in config.eos_ids:
             logger.warning(
                 "%s pads with EOS: transformers reads its scores at the token before EOS, here EOS itself is read",
                 stage.model.path,
             )
-        return config if config.score_head else score_config(config)
+        return config if config.score_head else score_config(config, labels=labels)
     if not config.lm_head:
         raise ValueError(
             f"model.path={stage.model.path} is a reward model, without an LM head; {stage.method_name} trains a policy"

@@ -10,6 +10,7 @@ rendered and tokenised; the first must be a prefix of the second, and the comple
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +19,13 @@ from typing import Any, cast
 
 import jinja2
 import numpy as np
-from transformers import BatchEncoding, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from jaxalign.data.formats import Bad, DataConfig, conversational, normalise, prompt_key
+from jaxalign.data.masks import assistant_mask
 from jaxalign.data.tokenizer import leading_tokens
 
 Tokens = list[int]
-MARKS = re.compile(r"\{%[-+]?\s*generation\b")
 COMPLETIONS = ("text", "messages", "completion", "chosen", "rejected")  # columns of what follows a prompt, or is all
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 
@@ -76,7 +77,7 @@ def encode(
 
     Raises:
       Bad: this row cannot be used.
-      ValueError: no row like this can be used: no chat template, EOS or `{% generation %}` marks; options that clash.
+      ValueError: no row like this can be used: no chat template or EOS; options that clash.
     """
     (result,) = encode_batch(tokenizer, [row], kind, config)
     if isinstance(result, Bad):
@@ -177,11 +178,6 @@ def _check_options(tokenizer: PreTrainedTokenizerFast, example: Mapping[str, Any
         raise ValueError("completion_only_loss=true needs the columns `prompt` and `completion`; leave it unset here")
     if config.assistant_only_loss and not conversational(example):
         raise ValueError("assistant_only_loss=true needs messages; these data are plain text")
-    if config.assistant_only_loss and not MARKS.search(tokenizer.get_chat_template(tools=example["tools"])):
-        raise ValueError(
-            "assistant_only_loss=true needs a chat template with {% generation %} ... {% endgeneration %} around what "
-            "the assistant says; this one has none: set data.chat_template_path to one that has"
-        )
 
 
 def _sft(tokenizer: PreTrainedTokenizerFast, item: _Rendered, ids: list[Tokens], config: DataConfig) -> Encoded:
@@ -197,7 +193,8 @@ def _sft(tokenizer: PreTrainedTokenizerFast, item: _Rendered, ids: list[Tokens],
         fit = _fit(*whole, _bos(tokenizer, tokens), replace(config, max_prompt_length=None))
     mask = np.arange(len(tokens)) >= (1 if config.completion_only_loss is False else max(prompt, 1))
     if config.assistant_only_loss:
-        mask &= _assistant_mask(tokenizer, item.example, name, len(tokens))
+        render = functools.partial(_template, tokenizer, item.example)
+        mask &= assistant_mask(tokenizer, item.example, name, tokens, render)
     if not mask.any():
         raise Bad("empty loss mask", "no token of this example would be trained on")
     kept, mask = np.asarray(tokens, np.int32)[fit], mask[fit]
@@ -348,23 +345,6 @@ def _check_bos(tokenizer: PreTrainedTokenizerFast, tokens: Tokens) -> None:
             "double BOS",
             f"the tokens begin with {tokenizer.bos_token!r} twice: the text or the chat template brings one of its own",
         )
-
-
-def _assistant_mask(
-    tokenizer: PreTrainedTokenizerFast, example: Mapping[str, Any], name: str, length: int
-) -> np.ndarray:
-    messages = example.get("prompt", []) + example[name]
-    encoded = tokenizer.apply_chat_template(
-        messages,
-        tools=example["tools"],
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        **example["chat_template_kwargs"],
-    )
-    mask = np.asarray(cast(BatchEncoding, encoded)["assistant_masks"][:length], bool)
-    if mask.any() and messages[-1]["role"] == "assistant" and not mask[-1]:
-        raise Bad("lost EOS", f"the template writes {tokenizer.eos_token!r} outside of {{% generation %}}")
-    return mask
 
 
 def _empty(content: Any) -> bool:

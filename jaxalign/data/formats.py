@@ -60,7 +60,8 @@ class DataConfig:
         with it their EOS), `keep_end` cuts prompts at the start; both are counted, and an example that would lose
         its whole completion stays a problem.
       completion_only_loss: train on the completion only; None means yes where there is one.
-      assistant_only_loss: train only on what the chat template marks with `{% generation %}`.
+      assistant_only_loss: train only on what the assistant says: what the chat template marks with `{% generation %}`,
+        or, where it has no marks, what `masks.assistant_mask` finds.
       on_bad: `stop` raises when there are problems, `drop` leaves these rows out and counts them.
       shuffle: shuffle anew each epoch.
       seed: of the shuffle and of `eval_ratio`.

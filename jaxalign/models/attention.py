@@ -42,7 +42,8 @@ class Blocks:
 
     def block(self, query: Array, key: Array) -> jax.Array:
         """`rows_mask` of these blocks, bool `[rows, size, size]`."""
-        return _visible(*(jax.tree.map(lambda x: x[:, number], self.rows) for number in (query, key)), self.window)
+        queries, keys = jax.tree.map(lambda x: x[:, query], self.rows), jax.tree.map(lambda x: x[:, key], self.rows)
+        return _visible(queries, keys, self.window)
 
 
 class Keys(NamedTuple):

@@ -102,7 +102,11 @@ def _forward(queries, keys, values, mask, dropout_key, softcap, dropout):
             return jax.lax.cond(mask.needed[i, j], partial(take, j), lambda kept: kept, carry)
 
         # Any finite start below all scores will do: it cancels, and a query that sees nothing keeps a total of 0.
-        start = (jnp.zeros(query.shape, wide), jnp.full(query.shape[:-1], -1e30, wide), jnp.zeros(query.shape[:-1], wide))
+        start = (
+            jnp.zeros(query.shape, wide),
+            jnp.full(query.shape[:-1], -1e30, wide),
+            jnp.zeros(query.shape[:-1], wide),
+        )
         mixed, most, total = jax.lax.fori_loop(0, count, step, start)
         seen = jnp.where(total > 0, total, 1)
         return (mixed / seen[..., None]).astype(query.dtype), most + jnp.log(seen)

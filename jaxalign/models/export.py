@@ -106,7 +106,8 @@ def save(
 
     Everything goes to a folder beside the target that is renamed at the end: a failed export leaves no half of one.
     A model with a score head becomes an `AutoModelForSequenceClassification` folder with one label (one with two labels
-    an `AutoModelForTokenClassification` folder), and with a padding token, by which transformers finds the last token (see `identity.with_padding`).
+    an `AutoModelForTokenClassification` folder), and with a padding token, by which transformers finds the last token
+    (see `identity.with_padding`).
     Tensors are gathered, cast and written one at a time. On several processes, all must call this; the first writes.
 
     Args:

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")  # of texts, of tokens
 # Families of which transformers has a class `...ForTokenClassification` with the head `score` and a bias.
-TOKEN_CLASSIFIERS = frozenset(
-    """llama mistral qwen2 qwen3 gemma gemma2 phi3 phi smollm3 mixtral qwen2_moe qwen3_moe starcoder2 stablelm glm glm4
-    exaone4 deepseek_v3 gpt_oss""".split()
-)
+TOKEN_CLASSIFIERS = {
+    *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2", "phi", "phi3"),
+    *("smollm3", "starcoder2", "stablelm", "glm", "glm4", "exaone4", "deepseek_v3", "gpt_oss"),
+}
 
 
 def add_score_head(
@@ -79,8 +79,8 @@ def score_config(config: ModelConfig, *, keep_lm_head: bool = False, labels: int
         raise ValueError("the model has a score head already")
     if labels == 2 and config.family not in TOKEN_CLASSIFIERS:
         raise ValueError(
-            f"transformers has no token classifier of the family {config.family!r} that a head with two labels could be "
-            "exported to; take a model of another family"
+            f"transformers has no token classifier of the family {config.family!r}, which a head with two labels is "
+            "exported as; take a model of another family"
         )
     # transformers would read the score before EOS if that were the padding token, see `identity.with_padding`.
     pad = None if config.pad_id in config.eos_ids and not keep_lm_head else config.pad_id
@@ -164,7 +164,12 @@ def write_heads(config: ModelConfig, architecture: str, classifier: str) -> dict
         )
     if config.score_labels == 2:
         names = {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
-        return {"architectures": [classifier.replace(*CLASSIFIERS)], "num_labels": 2, **names, "classifier_dropout": 0.0}
+        return {
+            "architectures": [classifier.replace(*CLASSIFIERS)],
+            "num_labels": 2,
+            **names,
+            "classifier_dropout": 0.0,
+        }
     # transformers knows no bias: its scores come without it, which ranks alike.
     bias = {"score_bias": config.score_bias} if config.score_bias else {}
     labels = {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}

@@ -43,8 +43,8 @@ class Model:
         key; `noise`, `[rows, length, embed_dim]`, is added to the token embeddings;
         `aux` is a dict of float32 scalars to add to a loss, empty for dense models.
       logits: `(variables, hidden [..., embed_dim]) -> float32 [..., vocab_size]`.
-      scores: `(variables, hidden [..., embed_dim]) -> float32 [...]`, one number per hidden state: a reward, a value, or the
-        log-odds that a step is right.
+      scores: `(variables, hidden [..., embed_dim]) -> float32 [...]`, one number per hidden state: a reward, a value,
+        or the log-odds that a step is right.
       rebuild: `config -> Model`, another config with the same dtypes and rematerialisation.
       unrolled: `() -> (Model, unroll)`: the same functions over `unroll(variables)`, in which every layer has arrays of
         its own, in the dtype of computation. For sampling: out of stacked arrays XLA copies each layer for each token.

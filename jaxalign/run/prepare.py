@@ -246,7 +246,8 @@ def _data_config(stage: Stage) -> data.DataConfig:
         raise ValueError(f"train.packing_strategy=wrapped cuts texts into rows; {stage.method_name} needs them whole")
     if stage.data.truncation_mode or stage.data.max_prompt_length:
         raise ValueError(
-            "train.packing_strategy=wrapped keeps every token: leave data.truncation_mode and data.max_prompt_length away"
+            "train.packing_strategy=wrapped keeps every token: leave data.truncation_mode and "
+            "data.max_prompt_length away"
         )
     return replace(stage.data, max_length=np.iinfo(np.int32).max)
 

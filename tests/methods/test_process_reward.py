@@ -129,7 +129,9 @@ def test_encoding_of_steps(tokenizer):
     cut = encode(tokenizer, row, "stepwise", short)
     assert len(cut["completion_ids"]) == 9 and cut["ends"].tolist() == [2, 7] and cut["steps"].tolist() == [3]
     with pytest.raises(Bad, match="leaves no step whole"):
-        encode(tokenizer, row, "stepwise", DataConfig("", max_length=4, step_separator="\n?", truncation_mode="keep_start"))
+        encode(
+            tokenizer, row, "stepwise", DataConfig("", max_length=4, step_separator="\n?", truncation_mode="keep_start")
+        )
     with pytest.raises(ValueError, match="step_separator='' has no tokens"):
         encode(tokenizer, row, "stepwise", DataConfig("", step_separator=""))
 

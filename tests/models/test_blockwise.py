@@ -92,7 +92,7 @@ def test_scores_far_apart_and_soft_caps(rows):
         wide = [x.astype(jnp.float64) for x in (grouped, key, value)]
         for softcap in (None, 5.0):
             results = [
-                jax.jit(jax.value_and_grad(lambda *a, f=f: jnp.sin(f(*a, softcap)).sum(), argnums=(0, 1, 2)))(*wide)
+                jax.jit(jax.value_and_grad(partial(_total, f, softcap), argnums=(0, 1, 2)))(*wide)
                 for f in (blocks, dense)
             ]
             assert relative(*results) <= 1e-10
@@ -142,6 +142,10 @@ def test_a_step_of_a_model_is_the_same_either_way(monkeypatch):
     blocks = jax.jit(lambda variables: step(variables))(variables)
     assert used and relative(blocks[0], dense[0]) <= 1e-5
     assert float(blocks[1]) == pytest.approx(float(dense[1]), rel=1e-6)
+
+
+def _total(function, softcap, *arguments):
+    return jnp.sin(function(*arguments, softcap)).sum()
 
 
 def _noted(used, function, *args, **kwargs):

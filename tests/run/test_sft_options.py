@@ -35,7 +35,9 @@ def sft(settings):
 def losses(settings, **method):
     folder = run(parse_config({**settings, "name": "-".join(method) or "plain", "method": {"name": "sft", **method}}))
     found = lines(folder.folder)
-    return [line["loss"] for line in found if "loss" in line], [line["eval_loss"] for line in found if "eval_loss" in line]
+    return [line["loss"] for line in found if "loss" in line], [
+        line["eval_loss"] for line in found if "eval_loss" in line
+    ]
 
 
 def test_losses_and_noise(sft):

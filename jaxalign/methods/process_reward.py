@@ -27,6 +27,12 @@ NEEDS_REFERENCE = False
 SCORES = True  # it trains a score head and no LM head
 LABELS = 2  # of two outputs, as transformers' token classifiers have them
 LEARNING_RATE = 1e-5
+# A completion's score from its steps'. Source: Lightman et al., arXiv 2305.20050, appendix F; Wang et al., 2312.08935.
+STEP_REDUCTIONS: dict[str, Callable[[np.ndarray], float]] = {
+    "min": lambda right: float(np.min(right)),
+    "product": lambda right: float(np.prod(right)),
+    "last": lambda right: float(right[-1]),
+}
 EVALUATION = {"train_on_last_step_only": False}  # every step is judged there, as in TRL
 
 
@@ -103,6 +109,28 @@ def read_steps(model: Model, variables: Variables, batch: Batch, key: jax.Array 
     """Log-odds that each asked step of a micro-batch is right, float32 `[rows, predictions]`; any number in padding."""
     hidden, _, _ = model.apply(variables, batch.rows, key=key)
     return model.scores(variables, gather_sources(hidden, batch.predictions))
+
+
+def score_steps(
+    model: Model, variables: Variables, examples: Sequence[common.Example], *, micro_batch_size: int = 16
+) -> list[np.ndarray]:
+    """Probabilities that the steps of completions are right, float32 `[steps]` each; see `STEP_REDUCTIONS`.
+
+    Args:
+      model: with two labels.
+      variables: its variables.
+      examples: as `to_document` takes them, without `labels` (`data.encode` of kind `stepwise` makes them).
+      micro_batch_size: completions that go through the model together.
+    """
+    unlabelled = [{**example, "labels": np.zeros(len(example["ends"]))} for example in examples]
+    batch = make_batch(Config(), unlabelled, micro_batch_size=micro_batch_size)
+    odds = jax.jit(lambda variables, batch: jax.lax.map(lambda part: read_steps(model, variables, part), batch))
+    right, asked = np.asarray(jax.nn.sigmoid(odds(variables, batch))), batch.predictions
+    found = [np.zeros(len(example["ends"]), np.float32) for example in examples]
+    for micro, row, place in np.argwhere(np.asarray(asked.completions) >= 0):
+        number = micro * micro_batch_size + asked.completions[micro, row, place]
+        found[number][asked.steps[micro, row, place]] = right[micro, row, place]
+    return found
 
 
 def init(

@@ -107,7 +107,7 @@ def _forward(queries, keys, values, mask, dropout_key, softcap, dropout):
             jnp.full(query.shape[:-1], -1e30, wide),
             jnp.zeros(query.shape[:-1], wide),
         )
-        mixed, most, total = jax.lax.fori_loop(0, count, step, start)
+        mixed, most, total = jax.lax.fori_loop(*_bounds(mask.needed[i]), step, start)
         seen = jnp.where(total > 0, total, 1)
         return (mixed / seen[..., None]).astype(query.dtype), most + jnp.log(seen)
 
@@ -153,7 +153,7 @@ def _backward(softcap, dropout, saved, grads):
             total, by_key, by_value = carry
             return total + of_query, by_key.at[j].add(of_key), by_value.at[j].add(of_value)
 
-        total, *totals = jax.lax.fori_loop(0, count, step, (jnp.zeros(query.shape, wide), *totals))
+        total, *totals = jax.lax.fori_loop(*_bounds(mask.needed[i]), step, (jnp.zeros(query.shape, wide), *totals))
         return tuple(totals), total
 
     start = (jnp.zeros(keys.shape, wide), jnp.zeros(values.shape, wide))
@@ -164,6 +164,17 @@ def _backward(softcap, dropout, saved, grads):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _bounds(needed: Array) -> tuple[jax.Array, jax.Array]:
+    """The first block that is needed, and the one after the last.
+
+    Bounds that are computed also make a `while` of the loop. A `scan` of known length would be taken apart where
+    layers are scanned: what does not depend on the layer, the masks, is computed beforehand and kept for all blocks.
+    """
+    any_needed = needed.any()
+    first, end = needed.argmax(), needed.size - needed[::-1].argmax()
+    return jnp.where(any_needed, first, 0).astype(jnp.int32), jnp.where(any_needed, end, 0).astype(jnp.int32)
 
 
 def _heads_apart(block: Array, query: Array) -> jax.Array:

@@ -11,6 +11,7 @@ from jaxalign.data import DataConfig, encode
 from jaxalign.data.formats import Bad
 from jaxalign.methods import process_reward
 from jaxalign.methods.common import for_evaluation
+from jaxalign.rewards.model import make_scorer
 from jaxalign.types import TokenRows
 from tests.layouts import ragged_steps, relative, tiny_model
 
@@ -61,6 +62,21 @@ def test_the_loss_is_the_cross_entropy_at_the_separators_however_split(scorer):
     head = whole["score"]
     np.testing.assert_allclose(head["kernel"][:, 0], -head["kernel"][:, 1], rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(head["bias"][0], -head["bias"][1], rtol=1e-4)
+
+
+def test_scores_of_steps(scorer):
+    model, variables = scorer
+    examples = ragged_steps(7, seed=2)
+    found = process_reward.score_steps(model, variables, examples, micro_batch_size=3)
+    assert [len(each) for each in found] == [len(example["ends"]) for example in examples]
+    # The cross-entropy of a label is the negative log of its probability.
+    wanted, _ = by_hand(model, variables, examples)
+    losses = [-np.log(np.where(e["labels"], p, 1 - p)) for e, p in zip(examples, found, strict=True)]
+    assert np.concatenate(losses).mean() == pytest.approx(wanted, rel=1e-4)
+    reduced = {name: reduce(np.array([0.5, 0.25, 0.5])) for name, reduce in process_reward.STEP_REDUCTIONS.items()}
+    assert reduced == {"min": 0.25, "product": 0.0625, "last": 0.5}
+    with pytest.raises(ValueError, match="judges steps and no whole text"):
+        make_scorer(model, variables)
 
 
 def test_the_last_step_alone(scorer):

@@ -1,4 +1,4 @@
-"""A process reward model through a run: from a policy to a token classifier's folder, and what makes no sense for one."""
+"""A process reward model through a run: from a policy to a token classifier, and what makes no sense for one."""
 
 import json
 

@@ -67,7 +67,9 @@ class TrainSection:
       micro_batch_size: examples per forward and backward pass, over all devices; `batch_size` by default.
       num_train_epochs: passes over the data.
       max_steps: if positive, the number of optimiser steps instead.
-      row_length: tokens per packed row; `auto` picks the length that wastes least.
+      row_length: tokens per packed row; `auto` picks the length that wastes least (`wrapped`: `data.max_length`).
+      packing_strategy: `bfd` keeps examples whole and apart, the longest placed first; `wrapped`, of `sft`, puts all
+        documents end to end and cuts rows of exactly `row_length`, which are what `batch_size` then counts.
       seed: of the run's key.
       eval_steps: evaluate every so many steps; None = at the end of each epoch. Needs evaluation data.
       eval_on_start: evaluate before the first step.
@@ -87,6 +89,7 @@ class TrainSection:
     num_train_epochs: float = 3.0
     max_steps: int = -1
     row_length: int | Literal["auto"] = "auto"
+    packing_strategy: Literal["bfd", "wrapped"] = "bfd"
     seed: int = 42
     eval_steps: int | None = None
     eval_on_start: bool = False

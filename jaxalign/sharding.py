@@ -22,6 +22,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"positions/embedding$", (None, "fsdp")),
     (r"head/kernel$", ("fsdp", "tensor")),
     (r"score/kernel$", ("fsdp", None)),
+    (r"score/bias$", (None,)),
     (r"attention/(query|key|value)/(kernel|values|scales)$", ("fsdp", "tensor", None)),
     (r"attention/(query|key|value)/bias$", ("tensor", None)),
     (r"attention/output/(kernel|values|scales)$", ("tensor", None, "fsdp")),

@@ -106,6 +106,23 @@ def ragged_texts(count: int, seed: int = 0, longest: int = 60) -> list[dict[str,
     return examples
 
 
+def ragged_steps(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
+    """1 to 6 steps of 1 to 15 tokens, separators of 2 tokens, labels of both kinds."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for _ in range(count):
+        sizes = 2 + rng.integers(1, 16, rng.integers(1, 7))
+        examples.append(
+            {
+                "prompt_ids": rng.integers(1, VOCAB, rng.integers(1, 30)).astype(np.int32),
+                "completion_ids": rng.integers(1, VOCAB, sizes.sum()).astype(np.int32),
+                "ends": (np.cumsum(sizes) - 1).astype(np.int32),
+                "labels": (rng.random(len(sizes)) < 0.6).astype(np.int32),
+            }
+        )
+    return examples
+
+
 def flat(tree) -> np.ndarray:
     """All leaves in one float64 vector."""
     return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])

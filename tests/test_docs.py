@@ -20,11 +20,11 @@ from jaxalign.config import FOREIGN_NAMES, SECTIONS
 from jaxalign.data import Filters, MixturePart
 from jaxalign.losses import PREFERENCE_LOSSES
 from jaxalign.methods import METHODS
-from jaxalign.methods.common import trains_scores
+from jaxalign.methods.common import score_labels, trains_scores
 from jaxalign.sections import CompareSection
 from jaxalign.training.loop import TIMINGS
 from jaxalign.training.optimizer import Config, make_optimizer
-from tests.layouts import ragged_pairs, ragged_texts, tiny_model
+from tests.layouts import ragged_pairs, ragged_steps, ragged_texts, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted(
@@ -201,7 +201,13 @@ def test_foreign_names_are_documented():
 
 
 @pytest.mark.parametrize(
-    ("method", "examples"), [("sft", ragged_texts), ("preference", ragged_pairs), ("reward", ragged_pairs)]
+    ("method", "examples"),
+    [
+        ("sft", ragged_texts),
+        ("preference", ragged_pairs),
+        ("reward", ragged_pairs),
+        ("process_reward", ragged_steps),
+    ],
 )
 def test_every_metric_is_documented(method: str, examples: Callable):
     text = (ROOT / "docs" / "metrics.md").read_text()
@@ -219,7 +225,9 @@ def test_every_timing_is_documented():
 
 def logged(method: Any, examples: list) -> set[str]:
     """Names of a step's metrics."""
-    heads: dict[str, Any] = {"lm_head": False, "score_head": True} if trains_scores(method) else {}
+    heads: dict[str, Any] = {}
+    if trains_scores(method):
+        heads = {"lm_head": False, "score_head": True, "score_labels": score_labels(method)}
     model, variables = tiny_model(**heads)
     optimizer, schedule = make_optimizer(Config(), 1)
 

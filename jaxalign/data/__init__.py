@@ -14,6 +14,7 @@ from jaxalign.data.settings import Filters, MixturePart
 from jaxalign.data.stream import Stream
 from jaxalign.data.streambatches import StreamBatch, StreamBatches
 from jaxalign.data.tokenizer import prepare
+from jaxalign.data.wrapping import wrap
 
 __all__ = [
     "Bad",
@@ -45,4 +46,5 @@ __all__ = [
     "prepare",
     "problems",
     "read",
+    "wrap",
 ]

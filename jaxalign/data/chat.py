@@ -10,6 +10,7 @@ rendered and tokenised; the first must be a prefix of the second, and the comple
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +19,13 @@ from typing import Any, cast
 
 import jinja2
 import numpy as np
-from transformers import BatchEncoding, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from jaxalign.data.formats import Bad, DataConfig, conversational, normalise, prompt_key
+from jaxalign.data.masks import assistant_mask
 from jaxalign.data.tokenizer import leading_tokens
 
 Tokens = list[int]
-MARKS = re.compile(r"\{%[-+]?\s*generation\b")
 COMPLETIONS = ("text", "messages", "completion", "chosen", "rejected")  # columns of what follows a prompt, or is all
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 
@@ -50,7 +51,8 @@ class Encoded:
 @dataclass(frozen=True)
 class _Rendered:
     example: dict[str, Any]
-    texts: tuple[str, ...]  # the prompt first, if there is one; then the prompt with each completion
+    # The prompt first, if there is one; then the prompt with each completion (`stepwise`: each step, the separator).
+    texts: tuple[str, ...]
     names: tuple[str, ...]  # columns of the completions, or of the whole text
 
 
@@ -62,18 +64,20 @@ def encode(
     Args:
       tokenizer: with its EOS token, and for messages its chat template (see `tokenizer.prepare`).
       row: columns of any form that serves `kind`; `tools` and `chat_template_kwargs` go to the template.
-      kind: `sft`, `preference`, `ranking` or `prompt`.
+      kind: `sft`, `preference`, `ranking`, `stepwise` or `prompt`.
       config: lengths, truncation and what to train on.
 
     Returns:
       int32 arrays `[tokens]`. `sft`: `input_ids`, and bool `loss_mask`, True where a token is a target (never index 0).
       `preference`: `prompt_ids`, `chosen_ids`, `rejected_ids`. `prompt`: `prompt_ids`. `ranking`: `prompt_ids`,
       `completion_ids` (all completions end to end), and per completion int32 `sizes`, int32 `ranks` (0 = best) and
-      float32 `margins` (see `formats.normalise`).
+      float32 `margins` (see `formats.normalise`). `stepwise`: `prompt_ids`, `completion_ids` (each step and its
+      separator), and per step that truncation left whole int32 `ends`, the index in `completion_ids` of its separator's
+      last token, and `labels`, 1 = right; besides `steps` `[1]`, how many there were.
 
     Raises:
       Bad: this row cannot be used.
-      ValueError: no row like this can be used: no chat template, EOS or `{% generation %}` marks; options that clash.
+      ValueError: no row like this can be used: no chat template or EOS; options that clash.
     """
     (result,) = encode_batch(tokenizer, [row], kind, config)
     if isinstance(result, Bad):
@@ -96,7 +100,9 @@ def encode_batch(
 
     def assemble(item: _Rendered) -> Encoded:
         before = [] if conversational(item.example) else leading
-        return ENCODERS[kind](tokenizer, item, [before + next(ids) for _ in item.texts], config)
+        # A step goes on where the one before it ends: only the prompt, the first text, begins a sequence.
+        begins = [kind != "stepwise" or i == 0 for i in range(len(item.texts))]
+        return ENCODERS[kind](tokenizer, item, [before * begin + next(ids) for begin in begins], config)
 
     return [item if isinstance(item, Bad) else _attempt(assemble, item) for item in rendered]
 
@@ -124,6 +130,8 @@ def _render(
     if isinstance(row, Bad):
         raise row
     example = normalise(row, kind)
+    if kind == "stepwise":
+        return _Rendered(example, _encodable((example["prompt"], *example["steps"], config.step_separator)), ())
     contents = {name: example[name] for name in COMPLETIONS if name in example}
     contents |= {f"completions[{i}]": content for i, content in enumerate(example.get("completions", ()))}
     _check_options(tokenizer, example, config)
@@ -137,10 +145,7 @@ def _render(
             raise Bad("empty prompt", "`prompt` has no messages")
         texts = [_template(tokenizer, example, example["prompt"], add_generation_prompt=True)]
         texts += [_template(tokenizer, example, example["prompt"] + content) for content in contents.values()]
-    for text in texts:
-        if not _encodable(text):
-            raise Bad("wrong text", "half of a surrogate pair (\\ud800 to \\udfff), which is no character")
-    return _Rendered(example, tuple(texts), tuple(contents))
+    return _Rendered(example, _encodable(texts), tuple(contents))
 
 
 def _template(
@@ -173,11 +178,6 @@ def _check_options(tokenizer: PreTrainedTokenizerFast, example: Mapping[str, Any
         raise ValueError("completion_only_loss=true needs the columns `prompt` and `completion`; leave it unset here")
     if config.assistant_only_loss and not conversational(example):
         raise ValueError("assistant_only_loss=true needs messages; these data are plain text")
-    if config.assistant_only_loss and not MARKS.search(tokenizer.get_chat_template(tools=example["tools"])):
-        raise ValueError(
-            "assistant_only_loss=true needs a chat template with {% generation %} ... {% endgeneration %} around what "
-            "the assistant says; this one has none: set data.chat_template_path to one that has"
-        )
 
 
 def _sft(tokenizer: PreTrainedTokenizerFast, item: _Rendered, ids: list[Tokens], config: DataConfig) -> Encoded:
@@ -193,7 +193,8 @@ def _sft(tokenizer: PreTrainedTokenizerFast, item: _Rendered, ids: list[Tokens],
         fit = _fit(*whole, _bos(tokenizer, tokens), replace(config, max_prompt_length=None))
     mask = np.arange(len(tokens)) >= (1 if config.completion_only_loss is False else max(prompt, 1))
     if config.assistant_only_loss:
-        mask &= _assistant_mask(tokenizer, item.example, name, len(tokens))
+        render = functools.partial(_template, tokenizer, item.example)
+        mask &= assistant_mask(tokenizer, item.example, name, tokens, render)
     if not mask.any():
         raise Bad("empty loss mask", "no token of this example would be trained on")
     kept, mask = np.asarray(tokens, np.int32)[fit], mask[fit]
@@ -256,7 +257,31 @@ def _prompt(tokenizer: PreTrainedTokenizerFast, item: _Rendered, ids: list[Token
     return Encoded({"prompt_ids": kept}, 0, len(ids[0]) - len(kept), prompt_key(item.example))
 
 
-ENCODERS = {"sft": _sft, "preference": _preference, "ranking": _ranking, "prompt": _prompt}
+def _stepwise(tokenizer: PreTrainedTokenizerFast, item: _Rendered, ids: list[Tokens], config: DataConfig) -> Encoded:
+    """Prompt and steps are tokenised apart, as TRL does, so that a separator never merges with the step before it."""
+    prompt, *steps, separator = ids
+    if not separator:
+        raise ValueError(f"data.step_separator={config.step_separator!r} has no tokens: no step would be judged")
+    _check_bos(tokenizer, prompt)
+    if not prompt:
+        raise Bad("empty prompt", "`prompt` has no tokens")
+    completion = [token for step in steps for token in (*step, *separator)]
+    ends = np.cumsum([len(step) + len(separator) for step in steps]) - 1
+    fit = _fit(len(prompt), len(completion), _bos(tokenizer, prompt), config)
+    kept = int((fit >= len(prompt)).sum())
+    if kept <= ends[0]:
+        raise Bad("completion cut away", f"max_length={config.max_length} leaves no step whole")
+    arrays = {
+        "prompt_ids": np.asarray(prompt, np.int32)[fit[fit < len(prompt)]],
+        "completion_ids": np.asarray(completion, np.int32)[:kept],
+        "ends": ends[ends < kept].astype(np.int32),
+        "labels": np.asarray(item.example["labels"], np.int32)[ends < kept],
+        "steps": np.asarray([len(steps)], np.int32),
+    }
+    return Encoded(arrays, 0, len(prompt) + len(completion) - len(fit), prompt_key(item.example))
+
+
+ENCODERS = {"sft": _sft, "preference": _preference, "ranking": _ranking, "stepwise": _stepwise, "prompt": _prompt}
 
 
 def _completion(tokenizer: PreTrainedTokenizerFast, plain: bool, prompt: Tokens, full: Tokens, name: str) -> Tokens:
@@ -322,23 +347,6 @@ def _check_bos(tokenizer: PreTrainedTokenizerFast, tokens: Tokens) -> None:
         )
 
 
-def _assistant_mask(
-    tokenizer: PreTrainedTokenizerFast, example: Mapping[str, Any], name: str, length: int
-) -> np.ndarray:
-    messages = example.get("prompt", []) + example[name]
-    encoded = tokenizer.apply_chat_template(
-        messages,
-        tools=example["tools"],
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        **example["chat_template_kwargs"],
-    )
-    mask = np.asarray(cast(BatchEncoding, encoded)["assistant_masks"][:length], bool)
-    if mask.any() and messages[-1]["role"] == "assistant" and not mask[-1]:
-        raise Bad("lost EOS", f"the template writes {tokenizer.eos_token!r} outside of {{% generation %}}")
-    return mask
-
-
 def _empty(content: Any) -> bool:
     if isinstance(content, str):
         return not content.strip()
@@ -350,5 +358,7 @@ def _has_text(content: Any) -> bool:
     return any(part.strip() if isinstance(part, str) else part.get("text", "").strip() for part in parts)
 
 
-def _encodable(text: str) -> bool:
-    return text.isascii() or not SURROGATE.search(text)
+def _encodable(texts: Sequence[str]) -> tuple[str, ...]:
+    if any(not text.isascii() and SURROGATE.search(text) for text in texts):
+        raise Bad("wrong text", "half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+    return tuple(texts)

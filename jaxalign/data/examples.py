@@ -27,10 +27,14 @@ ARRAYS = {
     "sft": ("input_ids", "loss_mask"),
     "preference": ("prompt_ids", "chosen_ids", "rejected_ids"),
     "ranking": ("prompt_ids", "completion_ids", "sizes", "ranks", "margins"),
+    "stepwise": ("prompt_ids", "completion_ids", "ends", "labels", "steps"),
     "prompt": ("prompt_ids",),
 }
 # What decides the tokens of a row, besides the row and the tokenizer.
-OPTIONS = ("max_length", "max_prompt_length", "truncation_mode", "completion_only_loss", "assistant_only_loss")
+OPTIONS = (
+    *("max_length", "max_prompt_length", "truncation_mode", "completion_only_loss", "assistant_only_loss"),
+    "step_separator",
+)
 
 
 @dataclass(frozen=True)

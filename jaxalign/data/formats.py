@@ -16,12 +16,14 @@ FORMS: dict[str, dict[str, tuple[str, ...]]] = {
     "sft": {"prompt-completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)},
     "preference": {"preference": ("chosen", "rejected")},
     "ranking": {"preference": ("chosen", "rejected"), "ranking": ("prompt", "completions")},
+    "stepwise": {"stepwise": ("prompt", "completions", "labels")},
     "prompt": {"prompt-only": ("prompt",)},
 }
 NEEDS = {
     "sft": "`prompt` and `completion`, or `messages`, or `text`",
     "preference": "`chosen` and `rejected`, with or without `prompt`",
     "ranking": "`chosen` and `rejected`, with or without `prompt`, or `prompt` and `completions`",
+    "stepwise": "`prompt`, `completions` (the steps) and `labels`",
     "prompt": "`prompt`",
 }
 MOST_COMPLETIONS = 7  # of one prompt in ranked data
@@ -60,7 +62,8 @@ class DataConfig:
         with it their EOS), `keep_end` cuts prompts at the start; both are counted, and an example that would lose
         its whole completion stays a problem.
       completion_only_loss: train on the completion only; None means yes where there is one.
-      assistant_only_loss: train only on what the chat template marks with `{% generation %}`.
+      assistant_only_loss: train only on what the assistant says: what the chat template marks with `{% generation %}`,
+        or, where it has no marks, what `masks.assistant_mask` finds.
       on_bad: `stop` raises when there are problems, `drop` leaves these rows out and counts them.
       shuffle: shuffle anew each epoch.
       seed: of the shuffle and of `eval_ratio`.
@@ -75,6 +78,7 @@ class DataConfig:
       streaming: read the training data while training, without a pass over them before.
       shuffle_window: examples that are shuffled among each other when streaming.
       stream_sample: examples at the beginning of a stream from which lengths are estimated.
+      step_separator: what ends each step in stepwise data; a step is judged at its last token.
     """
 
     path: str | tuple[str, ...] | None = None
@@ -104,6 +108,7 @@ class DataConfig:
     streaming: bool = False
     shuffle_window: int = 4096
     stream_sample: int = 1000
+    step_separator: str = "\n"
 
     def __post_init__(self):
         check_sources(self)
@@ -138,18 +143,21 @@ def normalise(row: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
     Args:
       row: columns by name; extra ones are left out.
-      kind: `sft`, `preference`, `ranking` or `prompt`.
+      kind: `sft`, `preference`, `ranking`, `stepwise` or `prompt`.
 
     Returns:
       `{text}`, `{messages}`, `{prompt}`, `{prompt, completion}` or `{prompt, chosen, rejected}`, all strings or all
       lists of `{role, content}` messages; besides `tools` (list or None) and `chat_template_kwargs` (dict). `ranking`
       gives `{prompt, completions}` (a list of such texts or lists) or `{prompt, chosen, rejected}`, either with `ranks`
       (per completion, int from 0 = best) and `margins` (per completion, float: its lead over those ranked below).
+      `stepwise` gives `{prompt, steps, labels}`: a text, a list of texts and a list of as many booleans.
 
     Raises:
       Bad: a column is missing or of the wrong type, or the prompt is repeated in the completions.
     """
     form = form_of(row, kind)
+    if form == "stepwise":
+        return {**_steps(row), "tools": None, "chat_template_kwargs": {}}
     if form == "ranking":
         return {**_ranked(row), "tools": _tools(row.get("tools")), "chat_template_kwargs": _kwargs(row)}
     example = {name: _content(row[name], name) for name in FORMS[kind][form]}
@@ -243,6 +251,27 @@ def _ranked(row: Mapping[str, Any]) -> dict[str, Any]:
         raise Bad("no pair", f"all `{given[0]}` are equal, so nothing is better than anything")
     ranks = [order.index(value) for value in values]
     return {"prompt": prompt, "completions": completions, "ranks": ranks, "margins": [0.0] * len(ranks)}
+
+
+def _steps(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A prompt with the steps of one completion, and which of them are right."""
+    prompt, steps, labels = row["prompt"], row["completions"], row["labels"]
+    if not isinstance(prompt, str):
+        raise Bad("wrong type", f"`prompt` is {_name(prompt)}; stepwise data are text")
+    for name, values, kind, wanted in (("completions", steps, str, "text"), ("labels", labels, bool, "true or false")):
+        if not isinstance(values, list):
+            raise Bad("wrong type", f"`{name}` is {_name(values)}; a list expected, one entry per step")
+        for i, value in enumerate(values):
+            if not isinstance(value, kind):
+                raise Bad("wrong type", f"`{name}[{i}]` is {_name(value)}; {wanted} expected")
+    if len(steps) != len(labels):
+        raise Bad("wrong number", f"{len(labels)} `labels` for {len(steps)} steps in `completions`")
+    if not steps:
+        raise Bad("no steps", "`completions` is empty")
+    for i, step in enumerate(steps):
+        if not step.strip():
+            raise Bad("empty step", f"`completions[{i}]` has no text")
+    return {"prompt": prompt, "steps": steps, "labels": labels}
 
 
 def _numbers(values: Any, name: str) -> list[float]:

@@ -37,6 +37,7 @@ from jaxalign.losses.policy import (
 )
 from jaxalign.losses.preference import PREFERENCE_LOSSES, PreferenceLogps
 from jaxalign.losses.reward import RankingTerms, bradley_terry, ranking
+from jaxalign.losses.supervised import SFT_LOSSES
 from jaxalign.losses.tokens import TokenStatistics, token_logps, token_statistics
 from jaxalign.losses.value import ValueTerms, value_loss
 
@@ -48,6 +49,7 @@ __all__ = [
     "POLICY_LOSSES",
     "PREFERENCE_LOSSES",
     "RATIO_LEVELS",
+    "SFT_LOSSES",
     "Aggregation",
     "Counts",
     "PolicyTerms",

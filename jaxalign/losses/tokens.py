@@ -16,10 +16,11 @@ class TokenStatistics(NamedTuple):
     """What a loss or a metric needs to know of each prediction's distribution; float32 `[rows, predictions]` each.
 
     Attributes:
-      logps: log-probability of the target. Differentiable; the others are not, save for the entropy on request.
+      logps: log-probability of the target. It and `mean_logps` are differentiable, the entropy on request.
       entropy: `-sum_v p log p`, in nats.
       hits: 1 where no token is more probable than the target.
       mean_logits: mean over the vocabulary of the raw logits.
+      mean_logps: mean over the vocabulary of the log-probabilities.
       aux: what `Model.apply` says beside, if anything.
     """
 
@@ -27,6 +28,7 @@ class TokenStatistics(NamedTuple):
     entropy: jax.Array
     hits: jax.Array
     mean_logits: jax.Array
+    mean_logps: jax.Array
     aux: Mapping[str, jax.Array] = {}
 
 
@@ -92,7 +94,8 @@ def token_statistics(
         entropy = log_sum - (exps * shifted).sum(-1) / total
         entropy = entropy if entropy_gradient else jax.lax.stop_gradient(entropy)
         hits = jax.lax.stop_gradient(chosen >= most).astype(jnp.float32)
-        return TokenStatistics(taken - log_sum, entropy, hits, jax.lax.stop_gradient(raw).mean(-1))
+        mean_logits = jax.lax.stop_gradient(raw).mean(-1)
+        return TokenStatistics(taken - log_sum, entropy, hits, mean_logits, shifted.mean(-1) - log_sum)
 
     return map_chunks(statistics, (gather_sources(hidden, predictions), predictions.targets), chunk=chunk)
 

@@ -56,11 +56,18 @@ def start(
 
 
 def read(
-    model: Model, variables: Variables, batch: Batch, key: jax.Array | None, chunk: int, *, temperature: float = 1.0
+    model: Model,
+    variables: Variables,
+    batch: Batch,
+    key: jax.Array | None,
+    chunk: int,
+    *,
+    temperature: float = 1.0,
+    noise: Array | None = None,
 ) -> TokenStatistics:
     """Runs the model on a micro-batch and the head where its predictions ask."""
     weights = balance.token_weights(batch) if any(model.config.sparse_layers) else None
-    hidden, _, aux = model.apply(variables, batch.rows, key=key, weights=weights)
+    hidden, _, aux = model.apply(variables, batch.rows, key=key, weights=weights, noise=noise)
     logits = partial(model.logits, variables)
     tokens = token_statistics(logits, hidden, batch.predictions, temperature=temperature, chunk=chunk)
     return tokens._replace(aux=aux)
@@ -81,6 +88,11 @@ def make_logps(model: Model, chunk: int, *, temperature: float = 1.0) -> Callabl
 def trains_scores(method: ModuleType) -> bool:
     """Whether a method trains a score head (`SCORES`) instead of an LM head."""
     return getattr(method, "SCORES", False)
+
+
+def score_labels(method: ModuleType) -> int:
+    """Outputs of the score head that a method trains (`LABELS`), see `ModelConfig.score_labels`."""
+    return getattr(method, "LABELS", 1)
 
 
 def is_online(method: ModuleType) -> bool:
@@ -106,6 +118,11 @@ def masked_mean(x: Array, mask: Array) -> Mean:
 def make_eval_step(method: ModuleType, config: Any, model: Model) -> Callable[[PyTree, PyTree, Batch], Metrics]:
     """`(params, frozen, batch) -> metrics` of a method's loss, without gradients or dropout."""
     return partial(evaluate, method.make_loss(config, model), method.totals)
+
+
+def for_evaluation(method: ModuleType, config: Any) -> Any:
+    """The Config that a method is evaluated with (`EVALUATION`: what is other than in training)."""
+    return replace(config, **getattr(method, "EVALUATION", {}))
 
 
 def pack_examples(method: ModuleType, config: Any, examples: Sequence[Example], **layout: Any) -> Batch:

@@ -4,14 +4,46 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxalign.models.blockwise import attend_blocks
 from jaxalign.types import Array, TokenRows
 
 MASKED = -1e30
+# Rows of so many tokens attend block by block: from there on whole score arrays, [heads, length, length] per row, are
+# what fills the memory.
+BLOCKWISE_FROM = 2048
+BLOCK = 512
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Blocks:
+    """`rows_mask` of long rows, never computed whole; see `blockwise.BlockMask`.
+
+    Attributes:
+      rows: int32 `[rows, blocks, size]` each, padded with document 0.
+      needed: bool `[query blocks, key blocks]`, False where no query of the one sees a key of the other.
+      window: as in `rows_mask`.
+    """
+
+    rows: TokenRows
+    needed: Array
+    window: int | None = field(metadata={"static": True})
+
+    @property
+    def size(self) -> int:
+        """Tokens of a block."""
+        return self.rows.tokens.shape[2]
+
+    def block(self, query: Array, key: Array) -> jax.Array:
+        """`rows_mask` of these blocks, bool `[rows, size, size]`."""
+        queries, keys = jax.tree.map(lambda x: x[:, query], self.rows), jax.tree.map(lambda x: x[:, key], self.rows)
+        return _visible(queries, keys, self.window)
 
 
 class Keys(NamedTuple):
@@ -20,12 +52,12 @@ class Keys(NamedTuple):
     Attributes:
       key: `[rows, kv_heads, keys, head_dim]`: by head, as products want them, so that a cache is never transposed.
       value: the same shape.
-      mask: bool `[rows, queries, keys]`.
+      mask: bool `[rows, queries, keys]`, or `Blocks` of rows that attend to themselves alone.
     """
 
     key: Array
     value: Array
-    mask: Array
+    mask: Array | Blocks
 
 
 def rows_mask(rows: TokenRows, window: int | None) -> Array:
@@ -34,8 +66,40 @@ def rows_mask(rows: TokenRows, window: int | None) -> Array:
     True where both share a non-zero document, the key is in the trunk or the query's own branch, the key's position is
     not later than the query's and, with a window, `query position - key position < window`.
     """
-    query = jax.tree.map(lambda x: x[..., :, None], rows)
-    key = jax.tree.map(lambda x: x[..., None, :], rows)
+    return _visible(rows, rows, window)
+
+
+def self_mask(rows: TokenRows, window: int | None) -> Array | Blocks:
+    """`rows_mask`, of rows of `BLOCKWISE_FROM` tokens and more in blocks."""
+    return rows_mask(rows, window) if rows.tokens.shape[1] < BLOCKWISE_FROM else make_blocks(rows, window, BLOCK)
+
+
+def make_blocks(rows: TokenRows, window: int | None, size: int) -> Blocks:
+    """`rows_mask` in blocks of `size` tokens.
+
+    Which blocks are needed is told from the smallest and largest document and position of each, so that a few that are
+    not may count as needed.
+    """
+    length = rows.tokens.shape[1]
+    count = -(-length // size)
+    pad = [(0, 0), (0, count * size - length)]
+    split = jax.tree.map(lambda x: jnp.pad(x, pad).reshape(x.shape[0], count, size), rows)
+    real, most = split.documents > 0, jnp.iinfo(jnp.int32).max // 2
+    low, high = (
+        {name: reduce(jnp.where(real, getattr(split, name), other)) for name in ("documents", "positions")}
+        for reduce, other in ((lambda x: x.min(2), most), (lambda x: x.max(2), -most))
+    )
+    needed = low["documents"][:, :, None] <= high["documents"][:, None, :]
+    needed &= low["documents"][:, None, :] <= high["documents"][:, :, None]
+    needed &= low["positions"][:, None, :] <= high["positions"][:, :, None]
+    if window is not None:
+        needed &= low["positions"][:, :, None] - high["positions"][:, None, :] < window
+    return Blocks(split, needed.any(0), window)
+
+
+def _visible(queries: TokenRows, keys: TokenRows, window: int | None) -> Array:
+    query = jax.tree.map(lambda x: x[..., :, None], queries)
+    key = jax.tree.map(lambda x: x[..., None, :], keys)
     mask = (query.documents == key.documents) & (key.documents > 0)
     mask &= (key.branches == 0) | (key.branches == query.branches)
     return mask & _in_window(query.positions, key.positions, window)
@@ -80,7 +144,9 @@ def attend(
     # Heads of one group lie beside each other as further queries: every product is then a plain batched one.
     grouped = (query * scale).reshape(rows, queries, kv_heads, heads // kv_heads, head_dim)
     grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads, -1, head_dim)
-    if len(keys) == 1 and not dropout:
+    if isinstance(keys[0].mask, Blocks):
+        mixed = attend_blocks(grouped, *keys[0], softcap=softcap, dropout=dropout, dropout_key=dropout_key)
+    elif len(keys) == 1 and not dropout:
         mixed = _attend_once(grouped, *keys[0], softcap)
     else:
         mixed = _attend_many(grouped, keys, softcap, dropout, dropout_key)

@@ -124,7 +124,9 @@ class ModelConfig:
       router_aux_loss_coef: weight of the load-balancing loss in training, where a method names none.
       tie_embeddings: the head is the transposed embedding table.
       lm_head: there is an LM head, of its own or tied; a reward or value model has none.
-      score_head: there is a linear head with one output, `Model.scores`.
+      score_head: there is a linear head, `Model.scores`.
+      score_labels: its outputs: 1, or 2 with a bias each (a step is wrong, a step is right), whose score is the second
+        less the first, the log-odds that the step is right.
       score_bias: added to every score. Hugging Face's heads have no bias: it is kept in the config.json alone.
       dropout: rate on embeddings and on each block's two outputs; only with a key.
       attention_dropout: rate on attention probabilities; only with a key.
@@ -177,6 +179,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     lm_head: bool = True
     score_head: bool = False
+    score_labels: int = 1
     score_bias: float = 0.0
     dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -207,6 +210,8 @@ class ModelConfig:
             )
         if not self.lm_head and not self.score_head:
             raise ValueError("a model has an LM head, a score head or both: lm_head and score_head are off")
+        if self.score_labels not in (1, 2):
+            raise ValueError(f"score_labels={self.score_labels}: a score head has 1 output, or 2")
 
     @property
     def layer_ropes(self) -> tuple[Rope | None, ...]:
@@ -307,7 +312,7 @@ def count_params(config: ModelConfig, *, embeddings: bool = True, active: bool =
     layers = sum(config.sparse_layers)
     blocks = config.num_layers * attention + layers * sparse + (config.num_layers - layers) * dense
     tables = config.vocab_size * config.embed_dim * (2 if config.lm_head and not config.tie_embeddings else 1)
-    return blocks + (tables + config.score_head * config.embed_dim if embeddings else 0)
+    return blocks + (tables + config.score_head * config.score_labels * config.embed_dim if embeddings else 0)
 
 
 def mean_attended(config: ModelConfig, length: float) -> float:

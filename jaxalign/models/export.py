@@ -62,6 +62,10 @@ It gives a text (a prompt with an answer, the answer's end token included) one s
 is read at the last token that is not the padding token (id {pad}).{bias}"""
 BIAS = """
 transformers leaves away the `score_bias` of config.json: add {bias:.6g} to its scores, which changes no ranking."""
+STEPS = """
+
+It judges the steps of an answer: the logits at the last token of the separator that ends a step are those of its being
+wrong (label 0) and right (label 1)."""
 SCORER = """
 from jaxalign.rewards.model import make_scorer
 
@@ -103,8 +107,9 @@ def save(
     """Writes a Hugging Face folder: config, safetensors, tokenizer with its chat template, and a model card.
 
     Everything goes to a folder beside the target that is renamed at the end: a failed export leaves no half of one.
-    A model with a score head becomes an `AutoModelForSequenceClassification` folder with one label, and with a padding
-    token, by which transformers finds the last token (see `identity.with_padding`).
+    A model with a score head becomes an `AutoModelForSequenceClassification` folder with one label (one with two labels
+    an `AutoModelForTokenClassification` folder), and with a padding token, by which transformers finds the last token
+    (see `identity.with_padding`).
     Tensors are gathered, cast and written one at a time. On several processes, all must call this; the first writes.
 
     Args:
@@ -180,6 +185,9 @@ def model_card(
         task, auto, use = "text-classification", "AutoModelForSequenceClassification", SCORER
         bias = BIAS.format(bias=scores.score_bias) if scores.score_bias else ""
         made = "A reward model. " + made + SCORES.format(pad=scores.pad_id, bias=bias)
+    if scores is not None and scores.score_labels == 2:
+        task, auto, use = "token-classification", "AutoModelForTokenClassification", ""
+        made = made.partition("\n")[0].replace("A reward", "A process reward") + STEPS
     return CARD.format(meta=meta, tags=tags, task=task, auto=auto, made=made, use=use, name=name)
 
 

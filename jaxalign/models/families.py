@@ -146,7 +146,7 @@ def _exists(config: ModelConfig, path: tuple[str, ...]) -> bool:
     if path[0] == "head":
         return config.lm_head and not config.tie_embeddings
     if path[0] == "score":
-        return config.score_head
+        return config.score_head and (path[-1] == "kernel" or config.score_labels == 2)
     if "attention/output/bias" in leaf:
         return config.output_bias
     if leaf.startswith("attention/") and leaf.endswith("/bias"):

@@ -54,6 +54,7 @@ LLAMA_NAMES = {
     "final_norm/scale": ("model.norm.weight", "plain"),
     "head/kernel": ("lm_head.weight", "linear"),
     "score/kernel": ("score.weight", "linear"),
+    "score/bias": ("score.bias", "plain"),
 }
 GPT2_NAMES = {
     "embed/embedding": ("transformer.wte.weight", "plain"),
@@ -78,6 +79,7 @@ GPT2_NAMES = {
     "final_norm/bias": ("transformer.ln_f.bias", "plain"),
     "head/kernel": ("lm_head.weight", "linear"),
     "score/kernel": ("score.weight", "linear"),
+    "score/bias": ("score.bias", "plain"),
 }
 
 SANDWICH_NAMES = {
@@ -148,4 +150,5 @@ NEOX_NAMES = {
     "final_norm/bias": ("gpt_neox.final_layer_norm.bias", "plain"),
     "head/kernel": ("lm_head.weight", "linear"),
     "score/kernel": ("score.weight", "linear"),
+    "score/bias": ("score.bias", "plain"),
 }

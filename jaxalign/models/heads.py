@@ -17,8 +17,22 @@ if TYPE_CHECKING:
     from jaxalign.models.transformer import Model
 
 
+CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")  # of texts, of tokens
+# Families of which transformers has a class `...ForTokenClassification` with the head `score` and a bias.
+TOKEN_CLASSIFIERS = {
+    *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2", "phi", "phi3"),
+    *("smollm3", "starcoder2", "stablelm", "glm", "glm4", "exaone4", "deepseek_v3", "gpt_oss"),
+}
+
+
 def add_score_head(
-    model: Model, variables: Variables, key: jax.Array, *, std: float | None = None, keep_lm_head: bool = False
+    model: Model,
+    variables: Variables,
+    key: jax.Array,
+    *,
+    std: float | None = None,
+    keep_lm_head: bool = False,
+    labels: int = 1,
 ) -> tuple[Model, Variables]:
     """A language model as a scorer: one number per hidden state, see `Model.scores`.
 
@@ -30,18 +44,20 @@ def add_score_head(
         value model, whose first values then are 0. Source: Ziegler et al., arXiv 1909.08593, their code.
       keep_lm_head: keep the LM head beside it (a policy that shares its blocks with its value model); else an LM head
         of its own (not tied) is left out.
+      labels: outputs of the head, see `ModelConfig.score_labels`.
 
     Returns:
-      The model, in the same dtypes, and its variables: the head is `params["score"]["kernel"]`, `[embed_dim, 1]`.
+      The model, in the same dtypes, and its variables: the head is `params["score"]["kernel"]`, `[embed_dim, labels]`,
+      with two labels beside a `bias`, `[labels]`, of zeros.
 
     Raises:
-      ValueError: the model has a score head.
+      ValueError: the model has a score head; or two labels, and transformers has no such class of the family.
     """
-    scorer = model.rebuild(score_config(model.config, keep_lm_head=keep_lm_head))
+    scorer = model.rebuild(score_config(model.config, keep_lm_head=keep_lm_head, labels=labels))
     params = {name: leaf for name, leaf in variables["params"].items() if keep_lm_head or name != "head"}
     dtype = params["embed"]["embedding"].dtype
-    kernel = init_score_kernel(key, model.config.embed_dim, std=std, dtype=dtype)
-    return scorer, {**variables, "params": {**params, "score": {"kernel": kernel}}}
+    head = init_score_head(key, scorer.config, std=std, dtype=dtype)
+    return scorer, {**variables, "params": {**params, "score": head}}
 
 
 def drop_score_head(model: Model, variables: Variables) -> tuple[Model, Variables]:
@@ -53,22 +69,33 @@ def drop_score_head(model: Model, variables: Variables) -> tuple[Model, Variable
     if not model.config.lm_head:
         raise ValueError("this reward or value model has no LM head to keep")
     params = {name: leaf for name, leaf in variables["params"].items() if name != "score"}
-    return model.rebuild(replace(model.config, score_head=False, score_bias=0.0)), {**variables, "params": params}
+    config = replace(model.config, score_head=False, score_labels=1, score_bias=0.0)
+    return model.rebuild(config), {**variables, "params": params}
 
 
-def score_config(config: ModelConfig, *, keep_lm_head: bool = False) -> ModelConfig:
-    """The config that `add_score_head` gives a model of this one; raises ValueError if it has a score head."""
+def score_config(config: ModelConfig, *, keep_lm_head: bool = False, labels: int = 1) -> ModelConfig:
+    """The config that `add_score_head` gives a model of this one; errors as there."""
     if config.score_head:
         raise ValueError("the model has a score head already")
+    if labels == 2 and config.family not in TOKEN_CLASSIFIERS:
+        raise ValueError(
+            f"transformers has no token classifier of the family {config.family!r}, which a head with two labels is "
+            "exported as; take a model of another family"
+        )
     # transformers would read the score before EOS if that were the padding token, see `identity.with_padding`.
     pad = None if config.pad_id in config.eos_ids and not keep_lm_head else config.pad_id
-    return replace(config, lm_head=config.lm_head and keep_lm_head, score_head=True, score_bias=0.0, pad_id=pad)
+    lm_head = config.lm_head and keep_lm_head
+    return replace(config, lm_head=lm_head, score_head=True, score_labels=labels, score_bias=0.0, pad_id=pad)
 
 
-def init_score_kernel(key: jax.Array, embed_dim: int, *, std: float | None = None, dtype: Any = "float32") -> jax.Array:
-    """A score head `[embed_dim, 1]`, normal with standard deviation `std`, by default `1 / sqrt(embed_dim + 1)`."""
-    scale = 1 / math.sqrt(embed_dim + 1) if std is None else std
-    return (scale * jax.random.normal(key, (embed_dim, 1), jnp.promote_types(dtype, jnp.float32))).astype(dtype)
+def init_score_head(
+    key: jax.Array, config: ModelConfig, *, std: float | None = None, dtype: Any = "float32"
+) -> dict[str, jax.Array]:
+    """A score head: its kernel normal with standard deviation `std`, by default `1 / sqrt(embed_dim + 1)`."""
+    shape = (config.embed_dim, config.score_labels)
+    scale = 1 / math.sqrt(config.embed_dim + 1) if std is None else std
+    kernel = (scale * jax.random.normal(key, shape, jnp.promote_types(dtype, jnp.float32))).astype(dtype)
+    return {"kernel": kernel} | ({"bias": jnp.zeros(shape[1:], dtype)} if config.score_labels == 2 else {})
 
 
 def rescale_scores(config: ModelConfig, params: Any, mean: float, std: float) -> tuple[ModelConfig, Any]:
@@ -81,8 +108,10 @@ def rescale_scores(config: ModelConfig, params: Any, mean: float, std: float) ->
       std: their standard deviation.
 
     Raises:
-      ValueError: `std` is not above 0.
+      ValueError: `std` is not above 0, or the head has two labels.
     """
+    if config.score_labels != 1:
+        raise ValueError("log-odds of steps are not rescaled: they would be odds of nothing")
     if not std > 0:
         raise ValueError(f"scores with a standard deviation of {std} cannot be brought to 1: they are all the same")
     kernel = params["score"]["kernel"]
@@ -94,13 +123,20 @@ def read_heads(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Which heads there are, as fields of `ModelConfig`, by the class that a config.json names.
 
     Raises:
-      ValueError: a classifier with more labels than one.
+      ValueError: a classifier of texts with more labels than one, or of tokens with other than two, or without bias.
     """
-    named = [name for name in hf.get("architectures") or () if name.endswith("ForSequenceClassification")]
+    named = [name for name in hf.get("architectures") or () if name.endswith(CLASSIFIERS)]
     if not named:
         return {}
     # Where both keys are missing there are two labels: transformers' default, which it does not write.
     labels = len(hf["id2label"]) if hf.get("id2label") is not None else hf.get("num_labels", 2)
+    if named[0].endswith(CLASSIFIERS[1]):
+        if labels != 2 or not hf.get("token_classification_bias", True):
+            raise ValueError(
+                f"config.json: {named[0]} has num_labels={labels}; a process reward model judges steps right or wrong "
+                "(num_labels=2) and its head has a bias"
+            )
+        return {"lm_head": False, "score_head": True, "score_labels": 2}
     if labels != 1:
         raise ValueError(
             f"config.json: {named[0]} has num_labels={labels}; a reward model gives one score per text (num_labels=1)"
@@ -126,6 +162,14 @@ def write_heads(config: ModelConfig, architecture: str, classifier: str) -> dict
             "transformers has no model with both an LM head and a score head: export the language model alone "
             "(models.drop_score_head)"
         )
+    if config.score_labels == 2:
+        names = {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
+        return {
+            "architectures": [classifier.replace(*CLASSIFIERS)],
+            "num_labels": 2,
+            **names,
+            "classifier_dropout": 0.0,
+        }
     # transformers knows no bias: its scores come without it, which ranks alike.
     bias = {"score_bias": config.score_bias} if config.score_bias else {}
     labels = {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}

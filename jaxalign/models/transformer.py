@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from jaxalign.models.attention import Keys, attend, cache_mask, cap, rows_mask
+from jaxalign.models.attention import Keys, attend, cache_mask, cap, rows_mask, self_mask
 from jaxalign.models.cache import Cache, layer_of, write
 from jaxalign.models.config import DType, Layer, ModelConfig, Rope, segments
 from jaxalign.models.experts import Experts, Sums, add_sums
 from jaxalign.models.freezing import whole
-from jaxalign.models.heads import init_score_kernel
+from jaxalign.models.heads import init_score_head
 from jaxalign.models.lora import adapter_config, expand
 from jaxalign.models.quantized import matmul
 from jaxalign.models.rope import rope_frequencies, rotate
@@ -45,12 +45,14 @@ class Model:
     Attributes:
       config: what it computes.
       init: `key -> variables`, a random model (normal, standard deviation 0.02).
-      apply: `(variables, rows, cache=None, *, key=None, weights=None) -> (hidden [rows, length, embed_dim], cache,
-        aux)`. With a cache, row i continues slot i and the returned cache holds the new tokens too; dropout is on only
-        with a key; `aux` holds `experts.router_sums` over the layers of a sparse model (not with a cache), in which a
-        token counts as often as `weights` `[rows, length]` says, by default once.
+      apply: `(variables, rows, cache=None, *, key=None, weights=None, noise=None) -> (hidden [rows, length, embed_dim],
+        cache, aux)`. With a cache, row i continues slot i and the returned cache holds the new tokens too; dropout is
+        on only with a key; `noise`, `[rows, length, embed_dim]`, is added to the token embeddings; `aux` holds
+        `experts.router_sums` over the layers of a sparse model (not with a cache), in which a token counts as often as
+        `weights` `[rows, length]` says, by default once.
       logits: `(variables, hidden [..., embed_dim]) -> float32 [..., vocab_size]`.
-      scores: `(variables, hidden [..., embed_dim]) -> float32 [...]`, one number per hidden state: a reward or a value.
+      scores: `(variables, hidden [..., embed_dim]) -> float32 [...]`, one number per hidden state: a reward, a value,
+        or the log-odds that a step is right.
       rebuild: `config -> Model`, another config with the same dtypes and rematerialisation.
       unrolled: `() -> (Model, unroll)`: the same functions over `unroll(variables)`, in which every layer has arrays of
         its own, in the dtype of computation. For sampling: out of stacked arrays XLA copies each layer for each token.
@@ -101,10 +103,10 @@ def _build(
         rows = TokenRows.from_padded(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
         return {"params": decoder.init(key, rows, None)["params"]}
 
-    def apply(variables: Variables, rows: TokenRows, cache: Cache | None = None, *, key=None, weights=None):
+    def apply(variables: Variables, rows: TokenRows, cache: Cache | None = None, *, key=None, weights=None, noise=None):
         rngs = {} if key is None else {"dropout": key}
-        plain = expand(whole(variables))
-        return cast("tuple[jax.Array, Cache | None, Sums]", decoder.apply(plain, rows, cache, weights, rngs=rngs))
+        read = decoder.apply(expand(whole(variables)), rows, cache, weights, noise, rngs=rngs)
+        return cast("tuple[jax.Array, Cache | None, Sums]", read)
 
     def logits(variables: Variables, hidden: Array) -> jax.Array:
         if not config.lm_head:
@@ -121,11 +123,14 @@ def _build(
     def scores(variables: Variables, hidden: Array) -> jax.Array:
         if not config.score_head:
             raise ValueError("this is a language model without a score head: models.add_score_head gives it one")
-        kernel = outside_segments(variables)["score"]["kernel"]
+        head = outside_segments(variables)["score"]
         wide = jnp.promote_types(hidden.dtype, jnp.float32)
         flat = hidden.reshape(-1, hidden.shape[-1]).astype(wide)
         # One output costs nothing: TPUs and GPUs would round a float32 product to bfloat16 or TF32.
-        product = jnp.matmul(flat, kernel.astype(wide), precision=jax.lax.Precision.HIGHEST)
+        product = jnp.matmul(flat, head["kernel"].astype(wide), precision=jax.lax.Precision.HIGHEST)
+        if config.score_labels == 2:
+            product = product + head["bias"].astype(wide)[None]
+            product = product[:, 1] - product[:, 0]
         return product.reshape(hidden.shape[:-1]) + config.score_bias
 
     def rebuild(other: ModelConfig) -> Model:
@@ -319,18 +324,20 @@ class _Decoder(nn.Module):
     unrolled: bool = False
 
     @nn.compact
-    def __call__(self, rows, cache, weights=None):
+    def __call__(self, rows, cache, weights=None, noise=None):
         c = self.config
         normal = nn.initializers.normal(0.02)
         embed = partial(nn.Embed, features=c.embed_dim, embedding_init=normal, param_dtype=self.param_dtype)
         x = embed(c.vocab_size, name="embed")(rows.tokens)
+        x = x if noise is None else x + noise.astype(x.dtype)
         if c.learned_positions:
             x = x + embed(c.max_position, name="positions")(rows.positions)
         x = x.astype(self.compute_dtype) * c.embedding_multiplier
         x = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))(x)
         windows, ropes = _kinds(c)
         angles = tuple(_angles(rows, rope, c.head_dim) for rope in ropes)
-        masks = tuple(rows_mask(rows, window) for window in windows)
+        alone = cache is None or not cache.positions.shape[1]
+        masks = tuple((self_mask if alone else rows_mask)(rows, window) for window in windows)
         cache_masks = () if cache is None else tuple(cache_mask(rows, cache.positions, window) for window in windows)
         counted = any(c.sparse_layers) and cache is None
         weights = (rows.documents > 0 if weights is None else weights) if counted else None
@@ -355,7 +362,7 @@ class _Decoder(nn.Module):
             shape = (c.embed_dim, c.vocab_size)
             self.param("head", lambda key: {"kernel": normal(key, shape, self.param_dtype)})
         if c.score_head:
-            self.param("score", lambda key: {"kernel": init_score_kernel(key, c.embed_dim, dtype=self.param_dtype)})
+            self.param("score", lambda key: init_score_head(key, c, dtype=self.param_dtype))
         x = _norm(c, self.param_dtype, "final_norm")(x)
         return x, None if cache is None else write(cache, rows, new, x), add_sums(sums)
 

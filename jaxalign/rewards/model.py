@@ -51,6 +51,8 @@ def make_scorer(model: Model, variables: Variables, *, mesh: Mesh | None = None,
       and names its number.
     """
     config, shards = model.config, 1 if mesh is None else data_shards(mesh)
+    if config.score_labels != 1:
+        raise ValueError("this is a process reward model, which judges steps and no whole text")
     if not config.score_head:
         raise ValueError("this model has no score head: give a reward model, or models.add_score_head and train it")
 

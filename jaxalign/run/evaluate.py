@@ -13,7 +13,7 @@ import jax
 from jaxalign import data, models
 from jaxalign.config import Stage
 from jaxalign.methods import METHODS
-from jaxalign.methods.common import is_online, make_eval_step, split_variables
+from jaxalign.methods.common import for_evaluation, is_online, make_eval_step, split_variables
 from jaxalign.methods.offline import ExampleList, OfflineSource, make_batches
 from jaxalign.run.inputs import Say, attach_reference, load_policy, load_start
 from jaxalign.run.online import load_scoring, make_judge
@@ -64,11 +64,12 @@ def make_evaluate(
       examples: the same, as counted and measured.
       fill: see `Examples`.
     """
-    step = jax.jit(make_eval_step(ready.method, ready.stage.method, ready.model))
+    config = for_evaluation(ready.method, ready.stage.method)
+    step = jax.jit(make_eval_step(ready.method, config, ready.model))
 
     def evaluate(params: Variables, frozen: Variables) -> dict[str, Any]:
         merged = Interval()
-        batches = make_batches(ready.method, ready.stage.method, examples, ready.layout, lookup=lookup, shuffle=False)
+        batches = make_batches(ready.method, config, examples, ready.layout, lookup=lookup, shuffle=False)
         source = OfflineSource(batches, ready.mesh, fill)
         try:
             for _ in range(len(batches)):

@@ -54,7 +54,7 @@ def load_policy(ready: Prepared, path: str) -> Variables:
     )
     if ready.model.config.score_head and not model.config.score_head:
         key = jax.random.fold_in(jax.random.key(ready.stage.train.seed), HEAD)
-        model, variables = models.add_score_head(model, variables, key)
+        model, variables = models.add_score_head(model, variables, key, labels=ready.model.config.score_labels)
         variables = jax.device_put(variables, param_shardings(ready.mesh, variables))
     same = {"bos_id": None, "eos_ids": (), "pad_id": None, "score_bias": 0.0, "lora": None}
     ours, theirs = (asdict(replace(each, **same)) for each in (ready.model.config, model.config))

@@ -159,6 +159,8 @@ def _check_model(text: str, path: str, options: Mapping[str, Any], tokenizer: An
     config = models.load_config(path)
     if not config.score_head:
         raise ValueError(f"--score {path}: a language model; a reward model has a score head instead of an LM head")
+    if config.score_labels != 1:
+        raise ValueError(f"--score {path}: a process reward model, which judges steps and no whole text")
     check_same_tokenizer(tokenizer, models.load_tokenizer(path))
     if longest > config.max_position:
         raise ValueError(

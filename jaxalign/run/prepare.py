@@ -9,12 +9,13 @@ from types import ModuleType
 from typing import Any, cast
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign import data, models, sampling
 from jaxalign.config import Stage
 from jaxalign.methods import METHODS
-from jaxalign.methods.common import has_critic, is_online, make_eval_step, split_variables, trains_scores
+from jaxalign.methods.common import has_critic, is_online, make_eval_step, score_labels, split_variables, trains_scores
 from jaxalign.methods.offline import Layout, make_layout, packing_report
 from jaxalign.methods.rollout import row_length
 from jaxalign.models.config import DType
@@ -73,8 +74,9 @@ def prepare(stage: Stage) -> Prepared:
         raise ValueError(
             f"data.max_length={stage.data.max_length} exceeds the model's context of {config.max_position}"
         )
-    found = data.load(stage.data, models.load_tokenizer(stage.model.path), method.KIND)
+    found = data.load(_data_config(stage), models.load_tokenizer(stage.model.path), method.KIND)
     check_streaming(stage, found)
+    found = _wrapped(stage, found, config)
     layout = _layout(stage, [each for each in (found.train, found.eval) if each is not None], config, mesh)
     model = models.build(
         config,
@@ -131,12 +133,18 @@ def best_metric(stage: Stage) -> str:
 def _heads(stage: Stage, config: models.ModelConfig) -> models.ModelConfig:
     """The config of what the stage trains: a language model, or one with a score head instead."""
     if trains_scores(METHODS[stage.method_name]):
-        if config.score_head and config.pad_id in config.eos_ids:
+        labels = score_labels(METHODS[stage.method_name])
+        if config.score_head and config.score_labels != labels:
+            raise ValueError(
+                f"model.path={stage.model.path} has a score head with num_labels={config.score_labels}; "
+                f"{stage.method_name} trains one with {labels}"
+            )
+        if config.score_head and labels == 1 and config.pad_id in config.eos_ids:
             logger.warning(
                 "%s pads with EOS: transformers reads its scores at the token before EOS, here EOS itself is read",
                 stage.model.path,
             )
-        return config if config.score_head else score_config(config)
+        return config if config.score_head else score_config(config, labels=labels)
     if not config.lm_head:
         raise ValueError(
             f"model.path={stage.model.path} is a reward model, without an LM head; {stage.method_name} trains a policy"
@@ -220,12 +228,13 @@ def sampling_config(ready: Prepared, **changes: Any) -> sampling.Config:
 def check_data(stage: Stage) -> tuple[data.Data, dict[str, float]]:
     """The data as found, bad rows kept, and the measures of packing the good ones."""
     method, config = METHODS[stage.method_name], models.load_config(stage.model.path)
-    found = data.inspect(stage.data, models.load_tokenizer(stage.model.path), method.KIND)
+    found = data.inspect(_data_config(stage), models.load_tokenizer(stage.model.path), method.KIND)
     check_streaming(stage, found)
     good = found.train.good()
     found = replace(found, report=replace(found.report, bias=data.length_bias(good)))
     if not len(good):
         return found, {}
+    good = _wrapped(stage, replace(found, train=good, eval=None), config).train
     layout = _layout(stage, [good], config, make_mesh(stage.mesh))
     if is_online(method):
         return found, {"row_length": layout.length}  # what is packed is yet to be drawn
@@ -235,7 +244,8 @@ def check_data(stage: Stage) -> tuple[data.Data, dict[str, float]]:
 def _layout(stage: Stage, examples: list[data.Examples], config: models.ModelConfig, mesh: Mesh) -> Layout:
     if is_online(METHODS[stage.method_name]):
         return online_layout(stage, examples, config, mesh)
-    return make_layout(
+    wrapped = stage.train.packing_strategy == "wrapped"
+    layout = make_layout(
         METHODS[stage.method_name],
         stage.method,
         examples,
@@ -243,11 +253,44 @@ def _layout(stage: Stage, examples: list[data.Examples], config: models.ModelCon
         mesh,
         batch_size=stage.train.batch_size,
         micro_batch_size=stage.train.micro_batch_size,
-        row_length=stage.train.row_length,
+        # A wrapped row's last token is only a target, which takes no place.
+        row_length=_wrapped_length(stage) + 1 if wrapped else stage.train.row_length,
         seed=stage.data.seed,
         # Of a stream only the beginning is known: what may come is at least this long.
         least=stage.data.max_length if stage.data.streaming else 0,
     )
+    return replace(layout, length=_wrapped_length(stage)) if wrapped else layout
+
+
+def _wrapped_length(stage: Stage) -> int:
+    """Tokens of a row under `wrapped`, where no single text decides them."""
+    length = stage.train.row_length
+    return stage.data.max_length if isinstance(length, str) else length
+
+
+def _data_config(stage: Stage) -> data.DataConfig:
+    """How the texts are encoded: under `wrapped` they are cut into rows, so that none is too long."""
+    if stage.train.packing_strategy != "wrapped":
+        return stage.data
+    if METHODS[stage.method_name].KIND != "sft":
+        raise ValueError(f"train.packing_strategy=wrapped cuts texts into rows; {stage.method_name} needs them whole")
+    if stage.data.truncation_mode or stage.data.max_prompt_length:
+        raise ValueError(
+            "train.packing_strategy=wrapped keeps every token: leave data.truncation_mode and "
+            "data.max_prompt_length away"
+        )
+    return replace(stage.data, max_length=np.iinfo(np.int32).max)
+
+
+def _wrapped(stage: Stage, found: data.Data, config: models.ModelConfig) -> data.Data:
+    """The data as rows, where the stage asks for that."""
+    if stage.train.packing_strategy != "wrapped":
+        return found
+    length = _wrapped_length(stage)
+    if not 2 <= length <= config.max_position:
+        raise ValueError(f"train.row_length={length} must be at least 2 and at most the model's {config.max_position}")
+    train = data.wrap(found.train, length, stage.data.seed if stage.data.shuffle else None)
+    return replace(found, train=train, eval=None if found.eval is None else data.wrap(found.eval, length))
 
 
 def online_layout(stage: Stage, examples: list[data.Examples], config: models.ModelConfig, mesh: Mesh) -> Layout:

@@ -33,7 +33,7 @@ def finish_scores(ready: Prepared, params: Variables, say: Say) -> tuple[models.
     config = ready.model.config
     if config.pad_id in models.end_ids(config, ready.data.tokenizer):
         config = replace(config, pad_id=None)
-    if ready.stage.method.normalize:
+    if getattr(ready.stage.method, "normalize", False):
         scores = _training_scores(ready, params)
         mean, std = float(scores.mean()), float(scores.std())
         title = ready.stage.name or ready.stage.method_name

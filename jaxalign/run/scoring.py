@@ -66,7 +66,10 @@ def check_rewards(ready: Prepared) -> None:
 
 def _check_model(ready: Prepared, path: str, longest: int) -> None:
     check_same_tokenizer(ready.data.tokenizer, models.load_tokenizer(path))
-    context, steps = models.load_config(path).max_position, ready.stage.method.max_completion_length
+    config = models.load_config(path)
+    if config.score_labels != 1:
+        raise ValueError(f"{path} is a process reward model, which judges steps; a reward is one score per completion")
+    context, steps = config.max_position, ready.stage.method.max_completion_length
     if longest + steps > context:
         raise ValueError(
             f"a prompt of {longest} tokens and method.max_completion_length={steps} exceed the context of {path}, "

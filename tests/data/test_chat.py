@@ -241,7 +241,6 @@ def test_settings_that_no_row_survives_are_plain_errors(chatml, make_tokenizer):
 
     assert "data.chat_template_path" in error(make_tokenizer(None), PAIR, "preference")
     assert "data.eos_token" in error(make_tokenizer(eos=None), PAIR, "preference")
-    assert "{% generation %}" in error(chatml, {"messages": TURNS}, assistant_only_loss=True)
     assert "plain text" in error(chatml, {"text": "The sky"}, assistant_only_loss=True)
     assert "`completion`" in error(chatml, {"text": "The sky"}, completion_only_loss=True)
     assert "supervised" in error(chatml, PAIR, "preference", completion_only_loss=True)

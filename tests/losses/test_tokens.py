@@ -39,6 +39,7 @@ def direct(hidden, head, predictions, temperature):
         "entropy": -(np.exp(log_probs) * log_probs).sum(-1),
         "hits": raw.argmax(-1) == predictions.targets,
         "mean_logits": raw.mean(-1),
+        "mean_logps": log_probs.mean(-1),
     }
 
 

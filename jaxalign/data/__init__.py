@@ -1,7 +1,7 @@
 """Data: reading, chat templates, checks, encoding and the order of batches."""
 
 from jaxalign.data.chat import encode
-from jaxalign.data.checks import Problem, Report, admit, check, problems
+from jaxalign.data.checks import Problem, Report, admit, check, check_labels, problems, weight_ranges
 from jaxalign.data.examples import Data, Examples, encode_rows, from_list, inspect, load
 from jaxalign.data.formats import Bad, DataConfig, normalise
 from jaxalign.data.pipeline import Batches, HostBatch
@@ -20,6 +20,7 @@ __all__ = [
     "Rows",
     "admit",
     "check",
+    "check_labels",
     "encode",
     "encode_rows",
     "from_list",
@@ -29,4 +30,5 @@ __all__ = [
     "prepare",
     "problems",
     "read",
+    "weight_ranges",
 ]

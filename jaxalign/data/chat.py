@@ -35,7 +35,7 @@ class Encoded:
 
     Attributes:
       arrays: int32 `[tokens]` by name: `input_ids` and bool `loss_mask` (`sft`); `prompt_ids`, `chosen_ids` and
-        `rejected_ids` (`preference`); `prompt_ids` (`prompt`); for `ranking` see `encode`.
+        `rejected_ids` (`preference`); `prompt_ids` (`prompt`); for `ranking` and `unpaired` see `encode`.
       targets: tokens in the loss mask; 0 unless `sft`.
       cut: tokens that truncation removed.
       key: hash of the prompt, see `formats.prompt_key`.
@@ -62,14 +62,15 @@ def encode(
     Args:
       tokenizer: with its EOS token, and for messages its chat template (see `tokenizer.prepare`).
       row: columns of any form that serves `kind`; `tools` and `chat_template_kwargs` go to the template.
-      kind: `sft`, `preference`, `ranking` or `prompt`.
+      kind: `sft`, `preference`, `ranking`, `unpaired` or `prompt`.
       config: lengths, truncation and what to train on.
 
     Returns:
       int32 arrays `[tokens]`. `sft`: `input_ids`, and bool `loss_mask`, True where a token is a target (never index 0).
       `preference`: `prompt_ids`, `chosen_ids`, `rejected_ids`. `prompt`: `prompt_ids`. `ranking`: `prompt_ids`,
       `completion_ids` (all completions end to end), and per completion int32 `sizes`, int32 `ranks` (0 = best) and
-      float32 `margins` (see `formats.normalise`).
+      float32 `margins` (see `formats.normalise`). `unpaired`: `prompt_ids`, `completion_ids` (of a pair both, end
+      to end), and per completion int32 `sizes` and int32 `labels` (1 = desirable).
 
     Raises:
       Bad: this row cannot be used.
@@ -223,6 +224,18 @@ def _ranking(tokenizer: PreTrainedTokenizerFast, item: _Rendered, ids: list[Toke
     return Encoded(arrays, 0, cut, prompt_key(item.example))
 
 
+def _unpaired(tokenizer: PreTrainedTokenizerFast, item: _Rendered, ids: list[Tokens], config: DataConfig) -> Encoded:
+    labels = np.asarray(item.example["labels"], np.int32)
+    prompt, completions, cut = _branches(tokenizer, item, ids, config, labels.tolist())
+    arrays = {
+        "prompt_ids": prompt,
+        "completion_ids": np.concatenate(completions),
+        "sizes": np.asarray([len(each) for each in completions], np.int32),
+        "labels": labels,
+    }
+    return Encoded(arrays, 0, cut, prompt_key(item.example))
+
+
 def _branches(
     tokenizer: PreTrainedTokenizerFast,
     item: _Rendered,
@@ -256,7 +269,7 @@ def _prompt(tokenizer: PreTrainedTokenizerFast, item: _Rendered, ids: list[Token
     return Encoded({"prompt_ids": kept}, 0, len(ids[0]) - len(kept), prompt_key(item.example))
 
 
-ENCODERS = {"sft": _sft, "preference": _preference, "ranking": _ranking, "prompt": _prompt}
+ENCODERS = {"sft": _sft, "preference": _preference, "ranking": _ranking, "unpaired": _unpaired, "prompt": _prompt}
 
 
 def _completion(tokenizer: PreTrainedTokenizerFast, plain: bool, prompt: Tokens, full: Tokens, name: str) -> Tokens:

@@ -27,6 +27,7 @@ ARRAYS = {
     "sft": ("input_ids", "loss_mask"),
     "preference": ("prompt_ids", "chosen_ids", "rejected_ids"),
     "ranking": ("prompt_ids", "completion_ids", "sizes", "ranks", "margins"),
+    "unpaired": ("prompt_ids", "completion_ids", "sizes", "labels"),
     "prompt": ("prompt_ids",),
 }
 # What decides the tokens of a row, besides the row and the tokenizer.
@@ -67,6 +68,8 @@ class Examples:
       reasons: kind and detail of the problem, by row, for bad rows.
       index: int64 `[examples]`, the rows that are examples, in order.
       rows: the rows as found, if they came from a data set: `examples.row(i)` has the columns that were not encoded.
+      parts: int64 `[examples]`, which of its row's completions an example has, where each is an example of its own
+        (`unpaired`: see `part`); None: an example is a row.
     """
 
     arrays: Mapping[str, Ragged]
@@ -74,13 +77,15 @@ class Examples:
     reasons: Mapping[int, tuple[str, str]]
     index: np.ndarray
     rows: Rows | None = None
+    parts: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         row = int(self.index[i])
-        return {name: _as_mask(name, ragged[row]) for name, ragged in self.arrays.items()}
+        arrays = {name: _as_mask(name, ragged[row]) for name, ragged in self.arrays.items()}
+        return arrays if self.parts is None else _one_completion(arrays, int(self.parts[i]))
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return (self[i] for i in range(len(self)))
@@ -97,7 +102,14 @@ class Examples:
         if "input" in parts:
             targets = self.columns["targets"][self.index].astype(np.int64)
             return {"prompt": parts["input"] - targets, "completion": targets, "total": parts["input"]}
+        if self.parts is not None:
+            parts["completion"] = self._of_part("sizes")
         return {**parts, "total": np.sum(list(parts.values()), axis=0)}
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 `[examples]`, 1 for those whose completion is desirable; only of `unpaired` examples."""
+        return self._of_part("labels") if self.parts is not None else self._of_row("label")
 
     @property
     def bad(self) -> np.ndarray:
@@ -120,7 +132,7 @@ class Examples:
 
     def select(self, which: np.ndarray) -> Examples:
         """Some of the examples, by number."""
-        return replace(self, index=self.index[which])
+        return replace(self, index=self.index[which], parts=None if self.parts is None else self.parts[which])
 
     def reason(self, i: int) -> tuple[str, str]:
         """Kind and detail of a bad example's problem."""
@@ -136,6 +148,18 @@ class Examples:
         if self.rows is None:
             raise ValueError("these examples were made in memory: there are no rows behind them")
         return self.rows[int(self.index[i])]
+
+    def _of_part(self, name: str) -> np.ndarray:
+        """int64 `[examples]`: each example's own number among those of its row; 0 for bad ones."""
+        assert self.parts is not None
+        ragged = self.arrays[name]
+        flat = np.concatenate([*(values[offsets[0] : offsets[-1]] for values, offsets in ragged.chunks), [0]])
+        starts = np.cumsum([0, *ragged.lengths[:-1]])
+        there = ragged.lengths[self.index] > 0
+        return np.where(there, flat[np.where(there, starts[self.index] + self.parts, -1)], 0).astype(np.int64)
+
+    def _of_row(self, name: str) -> np.ndarray:
+        return np.asarray([int(self.arrays[name][int(row)][0]) for row in self.index])
 
 
 @dataclass(frozen=True)
@@ -164,7 +188,7 @@ def load(config: DataConfig, tokenizer: PreTrainedTokenizerFast, kind: str, pack
     Args:
       config: what to read and how to encode it.
       tokenizer: left as it is; see `tokenizer.prepare`.
-      kind: `sft`, `preference`, `ranking` or `prompt`.
+      kind: `sft`, `preference`, `ranking`, `unpaired` or `prompt`.
       packing: measures of packing for the report, see `checks.check`.
 
     Raises:
@@ -184,6 +208,8 @@ def inspect(config: DataConfig, tokenizer: PreTrainedTokenizerFast, kind: str, p
         train, evaluation = hold_out(train, config.eval_ratio, config.seed)
     elif config.eval_path is not None or config.eval_split is not None:
         evaluation = encode_rows(read(config, kind, evaluation=True), tokenizer, kind, config)
+    if kind == "unpaired":  # after holding out: both completions of a pair stay on one side
+        train, evaluation = take_apart(train), None if evaluation is None else take_apart(evaluation)
     return Data(train, evaluation, check(train, evaluation, packing), tokenizer)
 
 
@@ -196,13 +222,20 @@ def hold_out(examples: Examples, ratio: float, seed: int) -> tuple[Examples, Exa
     return examples.select(np.sort(order[held:])), examples.select(np.sort(order[:held]))
 
 
+def take_apart(examples: Examples) -> Examples:
+    """Of `unpaired` rows, an example per completion: two of a pair, one of a bad row."""
+    counts = np.maximum(examples.arrays["sizes"].lengths[examples.index], 1)
+    starts = np.repeat(np.cumsum(counts) - counts, counts)
+    return replace(examples, index=np.repeat(examples.index, counts), parts=np.arange(counts.sum()) - starts)
+
+
 def encode_rows(rows: Rows, tokenizer: PreTrainedTokenizerFast, kind: str, config: DataConfig) -> Examples:
     """All rows as tokens, bad ones marked. Done once: the result is kept in the cache folder of `datasets`.
 
     Args:
       rows: from `reading.read`.
       tokenizer: prepared, see `tokenizer.prepare`.
-      kind: `sft`, `preference`, `ranking` or `prompt`.
+      kind: `sft`, `preference`, `ranking`, `unpaired` or `prompt`.
       config: lengths, truncation and what to train on.
 
     Raises:
@@ -236,7 +269,7 @@ def cache_key(rows: Rows, tokenizer: PreTrainedTokenizerFast, kind: str, config:
 def from_list(examples: Sequence[Mapping[str, Any]]) -> Examples:
     """Examples from dicts of token ids in memory, all with the same names (see `chat.encode`)."""
     names = list(examples[0])
-    arrays = {name: _ragged([np.asarray(example[name]) for example in examples], name) for name in names}
+    arrays = {name: _ragged([np.atleast_1d(example[name]) for example in examples], name) for name in names}
     targets = [int(np.sum(example["loss_mask"])) if "loss_mask" in names else 0 for example in examples]
     zeros = np.zeros(len(examples), np.int64)
     columns = {"targets": np.asarray(targets), "cut": zeros, "key": zeros, "bad": zeros.astype(bool)}
@@ -255,6 +288,16 @@ def _encode_columns(
         for name, value in _record(result, kind).items():
             columns[name].append(value)
     return columns
+
+
+def _one_completion(arrays: Mapping[str, np.ndarray], part: int) -> dict[str, np.ndarray]:
+    """An example with one of its row's completions, and that one's label."""
+    completion = np.split(arrays["completion_ids"], np.cumsum(arrays["sizes"])[:-1])[part]
+    return {
+        "prompt_ids": arrays["prompt_ids"],
+        "completion_ids": completion,
+        "label": arrays["labels"][part : part + 1],
+    }
 
 
 def _record(result: Encoded | Bad, kind: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """One file, one method."""
 
-from jaxalign.methods import grpo, online_preference, ppo, preference, reward, sft
+from jaxalign.methods import grpo, online_preference, ppo, preference, reward, sft, unpaired_preference
 
 METHODS = {
     "sft": sft,
@@ -9,6 +9,7 @@ METHODS = {
     "grpo": grpo,
     "ppo": ppo,
     "online_preference": online_preference,
+    "unpaired_preference": unpaired_preference,
 }
 
-__all__ = ["METHODS", "grpo", "online_preference", "ppo", "preference", "reward", "sft"]
+__all__ = ["METHODS", "grpo", "online_preference", "ppo", "preference", "reward", "sft", "unpaired_preference"]

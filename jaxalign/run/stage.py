@@ -17,6 +17,7 @@ from jaxalign.config import Stage
 from jaxalign.methods.common import has_critic, is_online, join_variables
 from jaxalign.methods.offline import OfflineSource, make_source
 from jaxalign.methods.online import OnlineSource
+from jaxalign.methods.running import CarryingSource, carry_along
 from jaxalign.models.config import forward_flops
 from jaxalign.run.evaluate import make_evaluate
 from jaxalign.run.hardware import peak_flops
@@ -134,7 +135,7 @@ def last_metrics(folder: Path) -> dict[str, float]:
 class _Pieces:
     """What the loop works with, made once the state is there."""
 
-    source: OfflineSource | OnlineSource
+    source: OfflineSource | CarryingSource | OnlineSource
     evaluate: loop.Evaluate | None
     on_sample: Callable[[], loop.OnSample]
 
@@ -222,8 +223,8 @@ def _offline(ready: Prepared, folder: Path, key: jax.Array, say: Say) -> _Start:
 
     def pieces(frozen: Variables) -> _Pieces:
         load.cache_clear()
-        source = _make_source(ready, examples)
-        return _Pieces(source, _make_evaluate(ready, examples, frozen), lambda: _make_on_sample(ready, frozen))
+        source = _make_source(ready, examples, frozen)
+        return _Pieces(source, _make_evaluate(ready, examples, frozen, source), lambda: _make_on_sample(ready, frozen))
 
     # A live reference may be these very variables.
     shared = examples.fill is not None and stage.model.reference in (None, stage.model.path)
@@ -252,16 +253,19 @@ def _online(ready: Prepared, folder: Path, key: jax.Array, say: Say) -> _Start:
     return _Start(trained.model, trained.shapes, trained.load, shared, pieces)
 
 
-def _make_evaluate(ready: Prepared, examples: Examples, frozen: Variables) -> loop.Evaluate | None:
+def _make_evaluate(
+    ready: Prepared, examples: Examples, frozen: Variables, source: OfflineSource | CarryingSource
+) -> loop.Evaluate | None:
     if examples.eval is None or ready.data.eval is None:
         return None
-    evaluate = make_evaluate(ready, examples.eval, ready.data.eval, examples.fill)
+    carry = (lambda: source.carry) if isinstance(source, CarryingSource) else None
+    evaluate = make_evaluate(ready, examples.eval, ready.data.eval, examples.fill, carry)
     return lambda state: evaluate(state.params, frozen)
 
 
-def _make_source(ready: Prepared, examples: Examples) -> OfflineSource:
+def _make_source(ready: Prepared, examples: Examples, frozen: Variables) -> OfflineSource | CarryingSource:
     data, train = ready.stage.data, ready.stage.train
-    return make_source(
+    source = make_source(
         ready.method,
         ready.stage.method,
         ready.data.train,
@@ -274,6 +278,7 @@ def _make_source(ready: Prepared, examples: Examples) -> OfflineSource:
         shuffle=data.shuffle,
         prefetch=train.prefetch,
     )
+    return carry_along(ready.method, ready.stage.method, ready.model, frozen, source)
 
 
 def _loop_config(ready: Prepared) -> loop.Config:

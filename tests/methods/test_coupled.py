@@ -1,0 +1,301 @@
+"""Losses that couple the batch: exact under any split, packing, sharing and mesh, and what they couple is right."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign.losses import UNPAIRED_LOSSES, sum_by_completion
+from jaxalign.methods import common, preference, unpaired_preference
+from jaxalign.sharding import data_shards, make_mesh, param_shardings, place_batch
+from jaxalign.training.coupled import CoupledLoss
+from jaxalign.training.step import accumulate, evaluate
+from tests.layouts import VOCAB, ragged_pairs, relative
+from tests.layouts import tiny_model as tiny_model_of_five
+from tests.methods.test_layouts import COUNT, LAYOUTS, MESHES, assert_same, gradient
+
+KTO = unpaired_preference.Config(beta=0.3, desirable_weight=1.5, undesirable_weight=0.8, logits_chunk=17)
+
+
+def tiny_model(**changes):
+    """Two layers, which compile sooner."""
+    return tiny_model_of_five(num_layers=2, windows=(None, 9), **changes)
+
+
+def ragged_thumbs(count: int, seed: int = 0, chance: float = 0.6) -> list[dict[str, Any]]:
+    """Completions with labels, prompts and completions of very different lengths; the first two desirable."""
+    rng = np.random.default_rng(seed)
+
+    def ids(longest):
+        return rng.integers(1, VOCAB, 1 + int(longest * rng.random() ** 2)).astype(np.int32)
+
+    examples = [
+        {"prompt_ids": ids(40), "completion_ids": ids(30), "label": bool(rng.random() < chance)} for _ in range(count)
+    ]
+    examples[0]["label"] = examples[1]["label"] = True
+    examples[2]["label"] = False
+    return examples
+
+
+def filled(method, config, variables, model, batch):
+    """With log-probs of a reference that is far enough away for z0 and delta to matter."""
+    other = jax.tree.map(lambda x: x * 1.1, variables)
+    batch = jax.jit(method.make_reference(config, model))(other, batch)
+    if method is preference or not unpaired_preference.carries(config):
+        return batch
+    carry = {"mean": np.float32(0.4), "count": np.float32(5)}
+    return jax.jit(unpaired_preference.make_carry(config, model))(variables, batch, carry)[0]
+
+
+def run(method, config, examples, model, variables, mesh=None, **layout):
+    batch = method.make_batch(config, examples, shards=1 if mesh is None else data_shards(mesh), **layout)
+    if mesh is not None:
+        batch = place_batch(mesh, batch)
+        variables = jax.device_put(variables, param_shardings(mesh, variables))
+    return gradient(method, config, model, variables, filled(method, config, variables, model, batch))
+
+
+def run_kto(model, mesh=None, config=KTO, **layout):
+    return run(unpaired_preference, config, ragged_thumbs(COUNT), *model, mesh=mesh, **layout)
+
+
+def run_aot(model, mesh=None, loss_type="aot", share=True, **layout):
+    config = preference.Config(loss_type=loss_type, beta=0.3, label_smoothing=0.1, share_prompt=share, logits_chunk=17)
+    return run(preference, config, ragged_pairs(COUNT), *model, mesh=mesh, **layout)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    model = tiny_model()
+    found = {"kto": run_kto(model, micro_batch_size=8), "aot": run_aot(model, micro_batch_size=8)}
+    # A z0 of 0, or one quantile alone, would hide what couples.
+    kl, weight = found["kto"][1]["kl"]
+    assert kl / weight > 0.1 and weight == COUNT
+    return found
+
+
+@pytest.mark.parametrize("layout", ["8x1", "empty micro-batches", "long rows"])
+def test_kto_gradients_do_not_depend_on_the_layout(layout, whole):
+    config = replace(KTO, share_prompt=layout == "8x1")
+    assert_same(run_kto(tiny_model(), config=config, **LAYOUTS[layout]), whole["kto"], 1e-5)
+
+
+def test_aot_gradients_do_not_depend_on_the_layout(whole):
+    assert_same(run_aot(tiny_model(), share=False, **LAYOUTS["empty micro-batches"]), whole["aot"], 1e-5)
+
+
+@pytest.mark.parametrize("run_method", [run_kto, run_aot])
+def test_gradients_do_not_depend_on_the_mesh(run_method, whole):
+    wanted = whole["kto" if run_method is run_kto else "aot"]
+    assert_same(run_method(tiny_model(), mesh=make_mesh(MESHES["2x2x2"]), micro_batch_size=4), wanted, 1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["bco", "apo_zero_unpaired"])
+def test_losses_that_do_not_couple_split_alike(loss_type):
+    config, model = replace(KTO, loss_type=loss_type), tiny_model()
+    wanted = run_kto(model, config=config, micro_batch_size=8)
+    assert_same(run_kto(model, config=config, micro_batch_size=3, micro_batches=5), wanted, 1e-5)
+    assert ("delta" in wanted[1]) == (loss_type == "bco") and "kl" not in wanted[1]
+
+
+def test_in_float64_only_rounding_is_left():
+    with jax.enable_x64(True):
+        model = tiny_model(dtype="float64")
+        for run_method in (run_kto, run_aot):
+            wanted = run_method(model, micro_batch_size=8)
+            assert relative(run_method(model, **LAYOUTS["empty micro-batches"])[0], wanted[0]) <= 1e-10
+        aot = run_aot(model, loss_type="aot_unpaired", micro_batch_size=8)[0]
+        assert relative(run_aot(model, loss_type="aot_unpaired", micro_batch_size=2, share=False)[0], aot) <= 1e-10
+        assert relative(aot, run_aot(model, micro_batch_size=8)[0]) > 1e-2
+
+
+def direct(model, variables, other, examples, z0_gradient=False):
+    """The KTO loss from rows of one completion each, without packing, prompts shared or any second pass."""
+
+    def log_ratios(params, prompt, completion):
+        example = {"prompt_ids": prompt, "chosen_ids": completion, "rejected_ids": completion[:1]}
+        batch = preference.make_batch(preference.Config(share_prompt=False), [example], length=128)
+        one = jax.tree.map(lambda x: x[0], batch)
+        ours, theirs = (common.read(model, each, one, None, 32).logps for each in ({"params": params}, other))
+        return sum_by_completion(ours - theirs, one.predictions.completions, 2)[0]
+
+    def loss(params):
+        own = [log_ratios(params, e["prompt_ids"], e["completion_ids"]) for e in examples]
+        mismatched = [
+            log_ratios(params, e["prompt_ids"], before["completion_ids"])
+            for e, before in zip(examples, [examples[-1], *examples[:-1]], strict=True)
+        ]
+        z0 = jnp.maximum(sum(mismatched) / len(examples), 0)
+        z0 = z0 if z0_gradient else jax.lax.stop_gradient(z0)
+        values = [
+            1.5 * (1 - jax.nn.sigmoid(0.3 * (a - z0))) if e["label"] else 0.8 * (1 - jax.nn.sigmoid(0.3 * (z0 - a)))
+            for a, e in zip(own, examples, strict=True)
+        ]
+        return sum(values) / len(examples), z0
+
+    return jax.value_and_grad(loss, has_aux=True)(variables["params"])
+
+
+def test_kto_is_its_formula():
+    """An odd batch, rolled by one: the value, z0 and the gradient; a gradient through z0 would be another one."""
+    with jax.enable_x64(True):
+        model, variables = tiny_model(dtype="float64")
+        other, examples = jax.tree.map(lambda x: x * 1.1, variables), ragged_thumbs(3)
+        got, metrics = run(unpaired_preference, KTO, examples, model, variables, micro_batch_size=2)
+        (loss, z0), wanted = direct(model, variables, other, examples)
+        assert metrics["loss"][0] == pytest.approx(float(loss), rel=1e-9)
+        assert metrics["kl"][0] / metrics["kl"][1] == pytest.approx(float(z0), rel=1e-6) and z0 > 0.1
+        assert relative(got["params"], wanted) <= 1e-9
+        through = direct(model, variables, other, examples, z0_gradient=True)[1]
+        assert relative(got["params"], through) > 1e-3
+
+
+def test_evaluation_is_the_same_loss_and_metrics(whole):
+    model, variables = tiny_model()
+    batch = unpaired_preference.make_batch(KTO, ragged_thumbs(COUNT), micro_batch_size=3)
+    batch = filled(unpaired_preference, KTO, variables, model, batch)
+    loss = unpaired_preference.make_loss(KTO, model)
+    assert isinstance(loss, CoupledLoss)
+    found = jax.jit(lambda p, b: evaluate(loss, unpaired_preference.totals, p, {}, b))(
+        {"params": variables["params"]}, batch
+    )
+    for name, (total, weight) in whole["kto"][1].items():
+        assert found[name].value() == pytest.approx(float(total) / float(weight), rel=2e-5, abs=2e-5), name
+
+
+def test_the_metrics_are_those_of_the_completions(whole):
+    """From log-probs by completion: desirable are chosen, the borrowed completions count nowhere but in kl."""
+    model, variables = tiny_model()
+    examples, other = ragged_thumbs(COUNT), jax.tree.map(lambda x: x * 1.1, variables)
+    batch = unpaired_preference.make_batch(replace(KTO, loss_type="apo_zero_unpaired"), examples)
+    logps = common.make_logps(model, 32)
+    sums = [
+        np.asarray(sum_by_completion(logps(v, batch)[0], batch.predictions.completions[0], 2 * COUNT))[0::2]
+        for v in (variables, other)
+    ]
+    liked = np.array([example["label"] for example in examples])
+    rewards = 0.3 * (sums[0] - sums[1])
+    wanted = {
+        "rewards/chosen": rewards[liked].mean(),
+        "rewards/rejected": rewards[~liked].mean(),
+        "rewards/margins": rewards[liked].mean() - rewards[~liked].mean(),
+        "logps/chosen": sums[0][liked].mean(),
+        "logps/rejected": sums[0][~liked].mean(),
+    }
+    assert 1 < liked.sum() < COUNT - 1
+    for name, value in wanted.items():
+        total, weight = whole["kto"][1][name]
+        assert total / weight == pytest.approx(value, rel=1e-4, abs=1e-4), name
+    assert set(whole["kto"][1]) == {*wanted, "logits/chosen", "logits/rejected", "entropy", "kl", "loss"}
+
+
+def test_a_kind_that_is_not_there_has_no_metrics():
+    """A batch of desirable examples alone, and one of which a micro-batch is so: nothing is 0 that was not computed."""
+    model, variables = tiny_model()
+    examples = [{**example, "label": True} for example in ragged_thumbs(4)]
+    _, metrics = run(unpaired_preference, KTO, examples, model, variables, micro_batch_size=2)
+    empty = {name for name, (_, weight) in metrics.items() if float(weight) == 0}
+    assert empty == {"rewards/rejected", "rewards/margins", "logps/rejected", "logits/rejected"}
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(metrics))
+    examples[3]["label"] = False
+    grads, metrics = run(unpaired_preference, KTO, examples, model, variables, micro_batch_size=2)
+    wanted = run(unpaired_preference, KTO, examples, model, variables, micro_batch_size=4)
+    assert_same((grads, metrics), wanted, 1e-5)
+    assert all(float(weight) > 0 for _, weight in metrics.values())
+
+
+def test_an_empty_completion():
+    """Nothing of it is learned: its log-ratio is 0, its label still counts."""
+    model, variables = tiny_model()
+    examples = ragged_thumbs(4)
+    examples[1]["completion_ids"] = np.zeros(0, np.int32)
+    grads, metrics = run(unpaired_preference, KTO, examples, model, variables, micro_batch_size=2)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((grads, metrics)))
+    assert metrics["rewards/chosen"][1] == sum(example["label"] for example in examples)
+
+
+def test_a_batch_of_one_is_refused():
+    with pytest.raises(ValueError, match="one example alone has none"):
+        unpaired_preference.make_batch(KTO, ragged_thumbs(3)[:1])
+    config = replace(KTO, loss_type="apo_zero_unpaired")
+    assert unpaired_preference.make_batch(config, ragged_thumbs(3)[:1]).present.tolist() == [[1.0, 0.0]]
+
+
+def test_a_borrowed_completion_is_the_predecessors_cut_to_fit():
+    examples = ragged_thumbs(5)
+    borrowed = unpaired_preference.borrow(KTO, examples, max_length=45)
+    for i, example in enumerate(borrowed):
+        whole = examples[i - 1]["completion_ids"]
+        np.testing.assert_array_equal(example["mismatched_ids"], whole[: 45 - len(example["prompt_ids"])])
+    assert any(len(e["mismatched_ids"]) < len(examples[i - 1]["completion_ids"]) for i, e in enumerate(borrowed))
+
+
+@pytest.mark.parametrize("method", ["kto", "aot"])
+def test_memory_does_not_grow_with_the_micro_batches(method):
+    """Temporaries of 8 micro-batches less those of 2: a few numbers per completion, no hidden states."""
+    model, variables = tiny_model()
+
+    def temporary(micro_batches):
+        count = 4 * micro_batches
+        if method == "kto":
+            module, config, examples = unpaired_preference, KTO, ragged_thumbs(4) * micro_batches
+        else:
+            module, config, examples = preference, preference.Config(loss_type="aot"), ragged_pairs(4) * micro_batches
+        batch = module.make_batch(config, examples[:count], micro_batch_size=4, length=256)
+        batch = replace(batch, fields={**batch.fields, "ref_logps": np.zeros(batch.predictions.sources.shape)})
+
+        def compute(params, batch):
+            totals = module.totals(batch)
+            return accumulate(module.make_loss(config, model), totals, params, {}, batch, jax.random.key(0))
+
+        memory = jax.jit(compute).lower({"params": variables["params"]}, batch).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes, batch
+
+    (few, _), (many, batch) = temporary(2), temporary(8)
+    hidden = batch.rows.tokens[0].size * 32 * 4  # one layer's input of one micro-batch
+    assert many - few < hidden
+
+
+def test_the_running_mean_is_that_of_all_rewards_so_far():
+    """Two batches with the policy moved between: delta is the mean over all their examples, none weighed twice."""
+    model, variables = tiny_model()
+    config, examples = replace(KTO, loss_type="bco"), ragged_thumbs(7)
+    other, moved = (jax.tree.map(lambda x, f=f: x * f, variables) for f in (1.1, 1.05))
+    update, carry, rewards = (
+        jax.jit(unpaired_preference.make_carry(config, model)),
+        unpaired_preference.start_carry(config),
+        [],
+    )
+    for part, policy in ((examples[:4], variables), (examples[4:], moved)):
+        batch = unpaired_preference.make_batch(config, part, micro_batch_size=3)
+        batch = jax.jit(unpaired_preference.make_reference(config, model))(other, batch)
+        batch, carry = update(policy, batch, carry)
+        ratios = common.make_logps(model, 32)(policy, batch) - batch.fields["ref_logps"]
+        for micro in range(ratios.shape[0]):
+            sums = sum_by_completion(ratios[micro], batch.predictions.completions[micro], 6)
+            rewards += [0.3 * float(x) for x, there in zip(sums, batch.present[micro], strict=True) if there]
+        np.testing.assert_allclose(batch.fields["delta"], np.full(len(batch.present), np.mean(rewards)), rtol=1e-5)
+    assert len(rewards) == 7 == float(carry["count"]) and np.std(rewards) > 0.1
+
+
+def test_settings_that_cannot_be():
+    for settings, message in (
+        ({"loss_type": "dpo"}, "known: kto, bco, apo_zero_unpaired"),
+        ({"beta": 0.0}, "beta"),
+        ({"undesirable_weight": -1.0}, "undesirable_weight"),
+        ({"precompute_ref_log_probs": True}, "change with every shuffle"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            unpaired_preference.Config(**settings)
+    assert all(unpaired_preference.Config(loss_type=name) for name in UNPAIRED_LOSSES)
+    model, _ = tiny_model()
+    bco = unpaired_preference.Config(loss_type="bco")
+    batch = unpaired_preference.make_batch(bco, ragged_thumbs(3))
+    loss, totals = unpaired_preference.make_loss(bco, model), unpaired_preference.totals(batch)
+    micro = jax.tree.map(lambda x: x[0], batch)
+    with pytest.raises(ValueError, match="no ref_logps: fill it with make_reference"):
+        loss({}, {}, micro, totals, None)

@@ -223,10 +223,13 @@ def hold_out(examples: Examples, ratio: float, seed: int) -> tuple[Examples, Exa
 
 
 def take_apart(examples: Examples) -> Examples:
-    """Of `unpaired` rows, an example per completion: two of a pair, one of a bad row."""
-    counts = np.maximum(examples.arrays["sizes"].lengths[examples.index], 1)
-    starts = np.repeat(np.cumsum(counts) - counts, counts)
-    return replace(examples, index=np.repeat(examples.index, counts), parts=np.arange(counts.sum()) - starts)
+    """Of `unpaired` rows, an example per completion: two of a pair, one of a bad row.
+
+    The second completions of pairs come last: neighbours in this order have different prompts.
+    """
+    second = examples.index[examples.arrays["sizes"].lengths[examples.index] > 1]
+    parts = np.repeat([0, 1], [len(examples.index), len(second)])
+    return replace(examples, index=np.concatenate([examples.index, second]), parts=parts)
 
 
 def encode_rows(rows: Rows, tokenizer: PreTrainedTokenizerFast, kind: str, config: DataConfig) -> Examples:

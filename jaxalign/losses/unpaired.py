@@ -107,7 +107,7 @@ def running_mean(mean: Array, count: Array, x: Array, where: Array) -> tuple[jax
     exist = jnp.asarray(where) > 0
     new, added = jnp.where(exist, x, 0).sum(), exist.sum()
     total = count + added
-    return mean + ratio(new - added * mean, total), total
+    return jnp.asarray(mean + ratio(new - added * mean, total)), jnp.asarray(total)
 
 
 def _signs(logps: UnpairedLogps) -> jax.Array:

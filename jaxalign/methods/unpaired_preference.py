@@ -301,9 +301,7 @@ def make_batch(config: Config, examples: Sequence[common.Example], **layout: Any
     return common.pack_examples(sys.modules[__name__], config, examples, **layout)
 
 
-def _baseline(
-    config: Config, ratios: _LogRatios, batch: Batch, totals: Totals
-) -> tuple[Array | float, Metrics]:
+def _baseline(config: Config, ratios: _LogRatios, batch: Batch, totals: Totals) -> tuple[Array | float, Metrics]:
     """What the loss compares with, and the metric that shows it, weighed by examples."""
     present = batch.present[..., 0::2].sum()
     if borrows(config):

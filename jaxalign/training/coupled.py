@@ -57,7 +57,7 @@ def weighed(loss: CoupledLoss) -> Callable[..., tuple[jax.Array, Metrics]]:
         micro_batch, slopes = part
         values, metrics = loss.read(params, frozen, micro_batch, totals, key)
         terms = jax.tree.map(lambda slope, value: (jax.lax.stop_gradient(slope) * value).sum(), slopes, values)
-        return sum(jax.tree.leaves(terms)), metrics
+        return jnp.sum(jnp.stack(jax.tree.leaves(terms))), metrics
 
     return weighed_sum
 

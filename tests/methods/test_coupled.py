@@ -1,7 +1,6 @@
 """Losses that couple the batch: exact under any split, packing, sharing and mesh, and what they couple is right."""
 
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from jaxalign.models.config import DType
 from jaxalign.sharding import data_shards, make_mesh, param_shardings, place_batch
 from jaxalign.training.coupled import CoupledLoss
 from jaxalign.training.step import accumulate, evaluate
-from tests.layouts import VOCAB, ragged_pairs, relative, tiny_config
+from tests.layouts import ragged_pairs, ragged_thumbs, relative, tiny_config
 from tests.methods.test_layouts import COUNT, LAYOUTS, MESHES, assert_same, gradient
 
 KTO = unpaired_preference.Config(beta=0.3, desirable_weight=1.5, undesirable_weight=0.8, logits_chunk=17)
@@ -28,21 +27,6 @@ def tiny_model(dtype: DType = "float32"):
     rng = np.random.default_rng(0)
     spread = lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape) + (len(x.shape) < 3), x.dtype)  # noqa: E731
     return model, jax.tree.map(spread, shapes)
-
-
-def ragged_thumbs(count: int, seed: int = 0, chance: float = 0.6) -> list[dict[str, Any]]:
-    """Completions with labels, prompts and completions of very different lengths; the first three desirable."""
-    rng = np.random.default_rng(seed)
-
-    def ids(longest):
-        return rng.integers(1, VOCAB, 1 + int(longest * rng.random() ** 2)).astype(np.int32)
-
-    examples = [
-        {"prompt_ids": ids(40), "completion_ids": ids(30), "label": bool(rng.random() < chance)} for _ in range(count)
-    ]
-    for i, example in enumerate(examples[:4]):
-        example["label"] = i < 3
-    return examples
 
 
 def filled(method, config, variables, model, batch):
@@ -272,12 +256,10 @@ def test_settings_that_cannot_be():
         ({"precompute_ref_log_probs": True}, "change with every shuffle"),
     ):
         with pytest.raises(ValueError, match=message):
-            unpaired_preference.Config(**settings)
+            replace(KTO, **settings)
     assert all(unpaired_preference.Config(loss_type=name) for name in UNPAIRED_LOSSES)
     model, _ = tiny_model()
     bco = unpaired_preference.Config(loss_type="bco")
     batch = unpaired_preference.make_batch(bco, ragged_thumbs(3))
-    loss, totals = unpaired_preference.make_loss(bco, model), unpaired_preference.totals(batch)
-    micro = jax.tree.map(lambda x: x[0], batch)
     with pytest.raises(ValueError, match="no ref_logps: fill it with make_reference"):
-        loss({}, {}, micro, totals, None)
+        evaluate(unpaired_preference.make_loss(bco, model), unpaired_preference.totals, {}, {}, batch)

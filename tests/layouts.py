@@ -62,18 +62,13 @@ def ragged_pairs(count: int, seed: int = 0, prompt: int = 40, completion: int = 
 
 
 def ragged_thumbs(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Completions with labels, prompts and completions of very different lengths; the first three desirable."""
+    """Completions with labels, of very different lengths; the first three desirable, of the others every second."""
     rng = np.random.default_rng(seed)
 
     def ids(longest):
         return rng.integers(1, VOCAB, 1 + int(longest * rng.random() ** 2)).astype(np.int32)
 
-    examples = [
-        {"prompt_ids": ids(40), "completion_ids": ids(30), "label": bool(rng.random() < 0.6)} for _ in range(count)
-    ]
-    for i, example in enumerate(examples[:4]):
-        example["label"] = i < 3
-    return examples
+    return [{"prompt_ids": ids(40), "completion_ids": ids(30), "label": i < 3 or i % 2 == 0} for i in range(count)]
 
 
 def ragged_rankings(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:

@@ -273,8 +273,9 @@ def our_curve(policy: Path, reference: Path, examples) -> list[dict[str, float]]
 
 def test_steps_of_kto(folders, tmp_path):  # noqa: F811
     """Every metric of every step: parameters move by the learning rate, so later ones follow the gradients."""
+    policy, reference = folders
     examples = rows()
-    theirs, found = trl_curve(*folders, examples, tmp_path), our_curve(*folders, examples)
+    theirs, found = trl_curve(policy, reference, examples, tmp_path), our_curve(policy, reference, examples)
     assert len(theirs) == len(found) == STEPS
     assert max(line["kl"] for line in theirs) > 0.01
     names = ["loss", "grad_norm", "learning_rate", "kl", "rewards/margins", "entropy", "num_tokens"]

@@ -108,7 +108,7 @@ def test_early_stopping(unpaired):
             {"train": {"batch_size": 1, "micro_batch_size": 1}},
             "leaves one of the .* training examples alone in a batch",
         ),
-        ({"train": {"batch_size": 10, "micro_batch_size": 5}}, "leaves one of the 41 training examples alone"),
+        ({"train": {"batch_size": 19, "micro_batch_size": 19}}, "leaves one of the 39 training examples alone"),
         ({"method": {"precompute_ref_log_probs": True}}, "method: precompute_ref_log_probs: kto compares"),
         ({"method": {"loss_type": "bco_pair"}}, "loss_type 'bco_pair' is unknown; known: kto, bco"),
         ({"train": {"metric_for_best_model": "rewards/accuracies"}}, "there is no 'rewards/accuracies'.*eval_kl"),
@@ -126,7 +126,7 @@ def test_labels_that_are_all_the_same(unpaired, tmp_path):
     path.write_text(
         "".join(json.dumps({"prompt": "a", "completion": f" {i}", "label": True}) + "\n" for i in range(20))
     )
-    unpaired["data"] = {"path": str(path)}
+    unpaired["data"] = {"path": str(path), "max_length": 128}
     stage = pick_stage(parse_config(unpaired), None)
     for call in (lambda: run(parse_config(unpaired)), lambda: check_data(stage)):
         with pytest.raises(

@@ -16,7 +16,6 @@ import yaml
 from jaxalign.data import DataConfig, Filters, MixturePart
 from jaxalign.methods import METHODS
 from jaxalign.methods.common import is_online, trains_scores
-from jaxalign.methods.grpo import PRESETS
 from jaxalign.sections import (
     CompareSection,
     ExportSection,
@@ -70,6 +69,12 @@ FOREIGN_NAMES = {
 }
 
 
+# What a method is also called with some of its settings: name -> (method, settings).
+PRESETS = {
+    preset: (name, settings)
+    for name, method in METHODS.items()
+    for preset, settings in getattr(method, "PRESETS", {}).items()
+}
 # What a later stage may name of an earlier one: `<stage>.policy`, of a reward stage `<stage>.reward`; it is the export.
 OUTPUTS = ("policy", "reward")
 SECTIONS: dict[str, type] = {
@@ -196,7 +201,8 @@ def _stage(name: str, raw: Mapping[str, Any], where: str) -> Stage:
     method = dict(raw.get("method") or {})
     method_name = method.pop("name", None)
     if method_name in PRESETS:
-        method_name, method = "grpo", {**PRESETS[method_name], **method}
+        method_name, settings = PRESETS[method_name]
+        method = {**settings, **method}
     if method_name not in METHODS:
         known = ", ".join(dict.fromkeys([*METHODS, *PRESETS]))
         raise ValueError(f"{where}method.name: {method_name!r} is not a method; known: {known}")

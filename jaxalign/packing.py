@@ -20,6 +20,7 @@ class Document:
       branches: int32 `[tokens]` each, the completions of the trunk; every token of a branch is a target.
       targets: bool `[trunk tokens]`, which trunk tokens are targets when there are no branches; index 0 never is.
       fields: values per target by name, one float32 array per completion.
+      numbers: a number per completion by name.
       read_last: the completions are read, not predicted: each lies in the row whole, and its one prediction has its
         last token (the trunk's, if it has none) as source and 0 as target.
     """
@@ -28,6 +29,7 @@ class Document:
     branches: tuple[np.ndarray, ...] = ()
     targets: np.ndarray | None = None
     fields: Mapping[str, tuple[np.ndarray, ...]] = field(default_factory=dict)
+    numbers: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     read_last: bool = False
 
 
@@ -168,7 +170,7 @@ def build(
 
     Args:
       plan: of the global batch.
-      documents: by their index in the global batch; those of other processes are not looked up.
+      documents: by their index in the global batch; those of other processes are looked up for their `numbers` alone.
       micro_batch_size: documents per micro-batch, as planned.
       completions: most completions of a document; number k of a micro-batch's document i is `i * completions + k`.
       process: which process's rows to build.
@@ -185,7 +187,7 @@ def build(
     predictions = {name: np.zeros(shape, np.int32) for name in ("sources", "targets", "steps")}
     predictions["completions"] = np.full(shape, -1, np.int32)
     present = np.zeros((micro, micro_batch_size * completions), np.float32)
-    fields: dict[str, np.ndarray] = {}
+    fields = _numbers(documents, present.shape, micro_batch_size, completions)
     for m, per_process in enumerate(plan.places):
         for document, branch in (name for packed in per_process for row in packed for name in row):
             first = (document % micro_batch_size) * completions
@@ -279,6 +281,18 @@ def efficiency(batch: Batch) -> float:
     """Real tokens over row tokens."""
     documents = np.asarray(batch.rows.documents)
     return float((documents > 0).sum() / documents.size)
+
+
+def _numbers(
+    documents: Mapping[int, Document], shape: tuple[int, int], micro_batch_size: int, completions: int
+) -> dict[str, np.ndarray]:
+    """Fields `[micro, completions]`."""
+    fields: dict[str, np.ndarray] = {}
+    for index, document in documents.items():
+        micro, first = index // micro_batch_size, (index % micro_batch_size) * completions
+        for name, values in document.numbers.items():
+            fields.setdefault(name, np.zeros(shape, np.float32))[micro, first : first + len(values)] = values
+    return fields
 
 
 def _trunk_targets(document: Document) -> np.ndarray:

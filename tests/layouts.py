@@ -1,5 +1,7 @@
 """Small models and ragged examples on which layouts are compared."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,6 +73,16 @@ def ragged_pairs(count: int, seed: int = 0, prompt: int = 40, completion: int = 
     ]
     pairs[0]["chosen_ids"] = pairs[0]["chosen_ids"][:1]
     return pairs
+
+
+def ragged_thumbs(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Completions with labels, of very different lengths; the first three desirable, of the others every second."""
+    rng = np.random.default_rng(seed)
+
+    def ids(longest):
+        return rng.integers(1, VOCAB, 1 + int(longest * rng.random() ** 2)).astype(np.int32)
+
+    return [{"prompt_ids": ids(40), "completion_ids": ids(30), "label": i < 3 or i % 2 == 0} for i in range(count)]
 
 
 def ragged_rankings(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:

@@ -18,19 +18,20 @@ from typer.main import get_command
 from jaxalign.cli import app
 from jaxalign.config import FOREIGN_NAMES, SECTIONS
 from jaxalign.data import Filters, MixturePart
-from jaxalign.losses import PREFERENCE_LOSSES
+from jaxalign.losses import PREFERENCE_LOSSES, UNPAIRED_LOSSES
 from jaxalign.methods import METHODS
 from jaxalign.methods.common import score_labels, trains_scores
 from jaxalign.sections import CompareSection
 from jaxalign.training.loop import TIMINGS
 from jaxalign.training.optimizer import Config, make_optimizer
-from tests.layouts import ragged_pairs, ragged_steps, ragged_texts, tiny_model
+from tests.layouts import ragged_pairs, ragged_steps, ragged_texts, ragged_thumbs, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("data/**/*.md")]
 )
+LOSSES = {*PREFERENCE_LOSSES, *UNPAIRED_LOSSES}  # named beside `loss`
 SHELL = ("bash", "sh", "console")
 
 
@@ -207,12 +208,13 @@ def test_foreign_names_are_documented():
         ("preference", ragged_pairs),
         ("reward", ragged_pairs),
         ("process_reward", ragged_steps),
+        ("unpaired_preference", ragged_thumbs),
     ],
 )
 def test_every_metric_is_documented(method: str, examples: Callable):
     text = (ROOT / "docs" / "metrics.md").read_text()
     shared, own = table(text, "Every method"), table(text, f"`{method}`")
-    assert {name for row in shared + own for name in names(row[0]) if name not in PREFERENCE_LOSSES} == {
+    assert {name for row in shared + own for name in names(row[0]) if name not in LOSSES} - {"delta"} == {
         *logged(METHODS[method], examples(2)),
         *("epoch", "num_tokens"),
     }

@@ -1,7 +1,7 @@
 """Data: reading, chat templates, checks, encoding and the order of batches."""
 
 from jaxalign.data.chat import encode
-from jaxalign.data.checks import Problem, Report, admit, check, problems
+from jaxalign.data.checks import Problem, Report, admit, check, check_labels, problems, weight_ranges
 from jaxalign.data.examples import Examples, encode_rows, from_list
 from jaxalign.data.filters import Removed
 from jaxalign.data.formats import Bad, DataConfig, normalise
@@ -36,6 +36,7 @@ __all__ = [
     "StreamBatches",
     "admit",
     "check",
+    "check_labels",
     "encode",
     "encode_rows",
     "from_list",
@@ -46,5 +47,6 @@ __all__ = [
     "prepare",
     "problems",
     "read",
+    "weight_ranges",
     "wrap",
 ]

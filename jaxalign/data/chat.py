@@ -36,7 +36,7 @@ class Encoded:
 
     Attributes:
       arrays: int32 `[tokens]` by name: `input_ids` and bool `loss_mask` (`sft`); `prompt_ids`, `chosen_ids` and
-        `rejected_ids` (`preference`); `prompt_ids` (`prompt`); for `ranking` see `encode`.
+        `rejected_ids` (`preference`); `prompt_ids` (`prompt`); for `ranking` and `unpaired` see `encode`.
       targets: tokens in the loss mask; 0 unless `sft`.
       cut: tokens that truncation removed.
       key: hash of the prompt, see `formats.prompt_key`.
@@ -64,7 +64,7 @@ def encode(
     Args:
       tokenizer: with its EOS token, and for messages its chat template (see `tokenizer.prepare`).
       row: columns of any form that serves `kind`; `tools` and `chat_template_kwargs` go to the template.
-      kind: `sft`, `preference`, `ranking`, `stepwise` or `prompt`.
+      kind: `sft`, `preference`, `ranking`, `stepwise`, `unpaired` or `prompt`.
       config: lengths, truncation and what to train on.
 
     Returns:
@@ -73,7 +73,8 @@ def encode(
       `completion_ids` (all completions end to end), and per completion int32 `sizes`, int32 `ranks` (0 = best) and
       float32 `margins` (see `formats.normalise`). `stepwise`: `prompt_ids`, `completion_ids` (each step and its
       separator), and per step that truncation left whole int32 `ends`, the index in `completion_ids` of its separator's
-      last token, and `labels`, 1 = right; besides `steps` `[1]`, how many there were.
+      last token, and `labels`, 1 = right; besides `steps` `[1]`, how many there were. `unpaired`: `prompt_ids`,
+      `completion_ids` (of a pair both, end to end), and per completion int32 `sizes` and int32 `labels` (1 = desirable).
 
     Raises:
       Bad: this row cannot be used.
@@ -224,6 +225,18 @@ def _ranking(tokenizer: PreTrainedTokenizerFast, item: _Rendered, ids: list[Toke
     return Encoded(arrays, 0, cut, prompt_key(item.example))
 
 
+def _unpaired(tokenizer: PreTrainedTokenizerFast, item: _Rendered, ids: list[Tokens], config: DataConfig) -> Encoded:
+    labels = np.asarray(item.example["labels"], np.int32)
+    prompt, completions, cut = _branches(tokenizer, item, ids, config, labels.tolist())
+    arrays = {
+        "prompt_ids": prompt,
+        "completion_ids": np.concatenate(completions),
+        "sizes": np.asarray([len(each) for each in completions], np.int32),
+        "labels": labels,
+    }
+    return Encoded(arrays, 0, cut, prompt_key(item.example))
+
+
 def _branches(
     tokenizer: PreTrainedTokenizerFast,
     item: _Rendered,
@@ -281,7 +294,14 @@ def _stepwise(tokenizer: PreTrainedTokenizerFast, item: _Rendered, ids: list[Tok
     return Encoded(arrays, 0, len(prompt) + len(completion) - len(fit), prompt_key(item.example))
 
 
-ENCODERS = {"sft": _sft, "preference": _preference, "ranking": _ranking, "stepwise": _stepwise, "prompt": _prompt}
+ENCODERS = {
+    "sft": _sft,
+    "preference": _preference,
+    "ranking": _ranking,
+    "stepwise": _stepwise,
+    "unpaired": _unpaired,
+    "prompt": _prompt,
+}
 
 
 def _completion(tokenizer: PreTrainedTokenizerFast, plain: bool, prompt: Tokens, full: Tokens, name: str) -> Tokens:

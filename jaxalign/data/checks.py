@@ -69,6 +69,7 @@ class Part:
       cut_examples: examples that truncation shortened.
       cut_tokens: tokens that it removed.
       lengths: of the used rows, by part: `prompt`, `completion` (or `chosen` and `rejected`), `total`.
+      labels: of `unpaired` data, how many used examples are `desirable` and `undesirable`.
     """
 
     rows: int
@@ -78,6 +79,7 @@ class Part:
     cut_examples: int
     cut_tokens: int
     lengths: dict[str, Lengths]
+    labels: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,34 @@ def admit(examples: Examples, on_bad: str, name: str = "train") -> Examples:
     )
 
 
+def check_labels(train: Examples) -> None:
+    """Raises ValueError where training examples are all desirable, or all undesirable: nothing would hold them back."""
+    labels = train.labels
+    if (labels == labels[0]).all():
+        word, other = (
+            ("desirable (label true)", "undesirable") if labels[0] else ("undesirable (label false)", "desirable")
+        )
+        path, line = train.where(0)
+        raise ValueError(
+            f"training data: all {len(train)} examples are {word}, the first is {path}:{line}; add {other} ones, or "
+            "learn from the desirable ones alone with method.name=sft"
+        )
+
+
+def weight_ranges(labels: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Weights with which both kinds of examples matter: either `desirable_weight` or `undesirable_weight`, the other 1.
+
+    `1 <= desirable_weight * desirable / (undesirable_weight * undesirable) <= 4 / 3`, from Ethayarajh et al., arXiv
+    2402.01306, eq. 8.
+
+    Args:
+      labels: int `[examples]`, 1 = desirable; both kinds are there.
+    """
+    desirable = int(labels.sum())
+    share = (len(labels) - desirable) / desirable
+    return {"desirable_weight": (share, share * 4 / 3), "undesirable_weight": (0.75 / share, 1 / share)}
+
+
 def problems(examples: Examples, most: int | None = None) -> list[Problem]:
     """The first bad ones among encoded examples, at most `most`."""
     return [_problem(examples, i) for i in _bad(examples)[:most]]
@@ -204,7 +234,13 @@ def _part(examples: Examples) -> Part:
         cut_examples=int((good.cut > 0).sum()),
         cut_tokens=int(good.cut.sum()),
         lengths={name: measure(values) for name, values in good.lengths.items()} if len(good) else {},
+        labels=_count_labels(good) if good.members is not None else {},
     )
+
+
+def _count_labels(examples: Examples) -> dict[str, int]:
+    desirable = int(examples.labels.sum())
+    return {"desirable": desirable, "undesirable": len(examples) - desirable}
 
 
 def measure(lengths: np.ndarray, bins: int = 20) -> Lengths:
@@ -228,6 +264,12 @@ def _describe(name: str, part: Part) -> list[str]:
     lines += [f"    {problem}" for problem in part.shown]
     if part.cut_examples:
         lines.append(f"  truncation shortened {part.cut_examples} examples by {part.cut_tokens} tokens")
+    if part.labels:
+        lines.append("  " + ", ".join(f"{kind}: {count}" for kind, count in part.labels.items()))
+    if all(part.labels.values()) and part.labels and name == "train":
+        labels = np.repeat([1, 0], [part.labels["desirable"], part.labels["undesirable"]])
+        ranges = [f"{key} from {low:.3g} to {high:.3g}" for key, (low, high) in weight_ranges(labels).items()]
+        lines.append(f"  both kinds weigh about the same with method.{' or method.'.join(ranges)}, the other weight 1")
     for what, lengths in part.lengths.items():
         spread = ", ".join(f"{at} {value}" for at, value in lengths.quantiles.items())
         lines.append(f"  {what} tokens: {lengths.tokens} in all, mean {lengths.mean:.1f}, {spread}")

@@ -28,6 +28,7 @@ ARRAYS = {
     "preference": ("prompt_ids", "chosen_ids", "rejected_ids"),
     "ranking": ("prompt_ids", "completion_ids", "sizes", "ranks", "margins"),
     "stepwise": ("prompt_ids", "completion_ids", "ends", "labels", "steps"),
+    "unpaired": ("prompt_ids", "completion_ids", "sizes", "labels"),
     "prompt": ("prompt_ids",),
 }
 # What decides the tokens of a row, besides the row and the tokenizer.
@@ -87,6 +88,8 @@ class Examples:
       index: int64 `[examples]`, the rows that are examples, in order.
       rows: the rows as found, if they came from a data set: `examples.row(i)` has the columns that were not encoded.
       parts: titles of the parts of a mixture, which `columns["part"]` counts; empty for a single data set.
+      members: int64 `[examples]`, which of its row's completions an example has, where each is an example of its own
+        (`unpaired`: see `take_apart`); None: an example is a row.
     """
 
     arrays: Mapping[str, Ragged]
@@ -95,13 +98,15 @@ class Examples:
     index: np.ndarray
     rows: RowsLike | None = None
     parts: tuple[str, ...] = ()
+    members: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         row = int(self.index[i])
-        return {name: _as_mask(name, ragged[row]) for name, ragged in self.arrays.items()}
+        arrays = {name: _as_mask(name, ragged[row]) for name, ragged in self.arrays.items()}
+        return arrays if self.members is None else _one_completion(arrays, int(self.members[i]))
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return (self[i] for i in range(len(self)))
@@ -118,7 +123,14 @@ class Examples:
         if "input" in parts:
             targets = self.columns["targets"][self.index].astype(np.int64)
             return {"prompt": parts["input"] - targets, "completion": targets, "total": parts["input"]}
+        if self.members is not None:
+            parts["completion"] = self._of_member("sizes")
         return {**parts, "total": np.sum(list(parts.values()), axis=0)}
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 `[examples]`, 1 for those whose completion is desirable; only of `unpaired` examples."""
+        return self._of_member("labels") if self.members is not None else self._of_row("label")
 
     @property
     def bad(self) -> np.ndarray:
@@ -146,7 +158,7 @@ class Examples:
 
     def select(self, which: np.ndarray) -> Examples:
         """Some of the examples, by number."""
-        return replace(self, index=self.index[which])
+        return replace(self, index=self.index[which], members=None if self.members is None else self.members[which])
 
     def reason(self, i: int) -> tuple[str, str]:
         """Kind and detail of a bad example's problem."""
@@ -163,6 +175,18 @@ class Examples:
             raise ValueError("these examples were made in memory: there are no rows behind them")
         return self.rows[int(self.index[i])]
 
+    def _of_member(self, name: str) -> np.ndarray:
+        """int64 `[examples]`: each example's own number among those of its row; 0 for bad ones."""
+        assert self.members is not None
+        ragged = self.arrays[name]
+        flat = np.concatenate([*(values[offsets[0] : offsets[-1]] for values, offsets in ragged.chunks), [0]])
+        starts = np.cumsum([0, *ragged.lengths[:-1]])
+        there = ragged.lengths[self.index] > 0
+        return np.where(there, flat[np.where(there, starts[self.index] + self.members, -1)], 0).astype(np.int64)
+
+    def _of_row(self, name: str) -> np.ndarray:
+        return np.asarray([int(self.arrays[name][int(row)][0]) for row in self.index])
+
 
 def hold_out(examples: Examples, ratio: float, seed: int) -> tuple[Examples, Examples]:
     """Splits examples in two, the second with a share of `ratio`; a function of their number and the seed alone."""
@@ -173,13 +197,23 @@ def hold_out(examples: Examples, ratio: float, seed: int) -> tuple[Examples, Exa
     return examples.select(np.sort(order[held:])), examples.select(np.sort(order[:held]))
 
 
+def take_apart(examples: Examples) -> Examples:
+    """Of `unpaired` rows, an example per completion: two of a pair, one of a bad row.
+
+    The second completions of pairs come last: neighbours in this order have different prompts.
+    """
+    second = examples.index[examples.arrays["sizes"].lengths[examples.index] > 1]
+    members = np.repeat([0, 1], [len(examples.index), len(second)])
+    return replace(examples, index=np.concatenate([examples.index, second]), members=members)
+
+
 def encode_rows(rows: Rows, tokenizer: PreTrainedTokenizerFast, kind: str, config: DataConfig) -> Examples:
     """All rows as tokens, bad ones marked. Done once: the result is kept in the cache folder of `datasets`.
 
     Args:
       rows: from `reading.read`.
       tokenizer: prepared, see `tokenizer.prepare`.
-      kind: `sft`, `preference`, `ranking` or `prompt`.
+      kind: `sft`, `preference`, `ranking`, `unpaired` or `prompt`.
       config: lengths, truncation and what to train on.
 
     Raises:
@@ -214,7 +248,7 @@ def cache_key(rows: Rows, tokenizer: PreTrainedTokenizerFast, kind: str, config:
 def from_list(examples: Sequence[Mapping[str, Any]]) -> Examples:
     """Examples from dicts of token ids in memory, all with the same names (see `chat.encode`)."""
     names = list(examples[0])
-    arrays = {name: _ragged([np.asarray(example[name]) for example in examples], name) for name in names}
+    arrays = {name: _ragged([np.atleast_1d(example[name]) for example in examples], name) for name in names}
     targets = [int(np.sum(example["loss_mask"])) if "loss_mask" in names else 0 for example in examples]
     zeros = np.zeros(len(examples), np.int64)
     columns = {"targets": np.asarray(targets), "cut": zeros, "key": zeros, "bad": zeros.astype(bool)}
@@ -243,6 +277,16 @@ def _encode_columns(
         for name, value in _record(result, kind).items():
             columns[name].append(value)
     return columns
+
+
+def _one_completion(arrays: Mapping[str, np.ndarray], part: int) -> dict[str, np.ndarray]:
+    """An example with one of its row's completions, and that one's label."""
+    completion = np.split(arrays["completion_ids"], np.cumsum(arrays["sizes"])[:-1])[part]
+    return {
+        "prompt_ids": arrays["prompt_ids"],
+        "completion_ids": completion,
+        "label": arrays["labels"][part : part + 1],
+    }
 
 
 def _record(result: Encoded | Bad, kind: str) -> dict[str, Any]:

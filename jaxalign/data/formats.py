@@ -17,6 +17,7 @@ FORMS: dict[str, dict[str, tuple[str, ...]]] = {
     "preference": {"preference": ("chosen", "rejected")},
     "ranking": {"preference": ("chosen", "rejected"), "ranking": ("prompt", "completions")},
     "stepwise": {"stepwise": ("prompt", "completions", "labels")},
+    "unpaired": {"unpaired": ("prompt", "completion", "label"), "preference": ("chosen", "rejected")},
     "prompt": {"prompt-only": ("prompt",)},
 }
 NEEDS = {
@@ -24,8 +25,10 @@ NEEDS = {
     "preference": "`chosen` and `rejected`, with or without `prompt`",
     "ranking": "`chosen` and `rejected`, with or without `prompt`, or `prompt` and `completions`",
     "stepwise": "`prompt`, `completions` (the steps) and `labels`",
+    "unpaired": "`prompt`, `completion` and `label`, or `chosen` and `rejected`, with or without `prompt`",
     "prompt": "`prompt`",
 }
+LABELS = {True: 1, False: 0, "true": 1, "false": 0}  # 1 and 0 too, which are equal to the first two
 MOST_COMPLETIONS = 7  # of one prompt in ranked data
 
 
@@ -143,7 +146,7 @@ def normalise(row: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
     Args:
       row: columns by name; extra ones are left out.
-      kind: `sft`, `preference`, `ranking`, `stepwise` or `prompt`.
+      kind: `sft`, `preference`, `ranking`, `stepwise`, `unpaired` or `prompt`.
 
     Returns:
       `{text}`, `{messages}`, `{prompt}`, `{prompt, completion}` or `{prompt, chosen, rejected}`, all strings or all
@@ -151,6 +154,8 @@ def normalise(row: Mapping[str, Any], kind: str) -> dict[str, Any]:
       gives `{prompt, completions}` (a list of such texts or lists) or `{prompt, chosen, rejected}`, either with `ranks`
       (per completion, int from 0 = best) and `margins` (per completion, float: its lead over those ranked below).
       `stepwise` gives `{prompt, steps, labels}`: a text, a list of texts and a list of as many booleans.
+      `unpaired` gives `{prompt, completion}`, or of a pair `{prompt, chosen, rejected}`, with `labels` (per completion,
+      1 where it is desirable, else 0).
 
     Raises:
       Bad: a column is missing or of the wrong type, or the prompt is repeated in the completions.
@@ -160,7 +165,7 @@ def normalise(row: Mapping[str, Any], kind: str) -> dict[str, Any]:
         return {**_steps(row), "tools": None, "chat_template_kwargs": {}}
     if form == "ranking":
         return {**_ranked(row), "tools": _tools(row.get("tools")), "chat_template_kwargs": _kwargs(row)}
-    example = {name: _content(row[name], name) for name in FORMS[kind][form]}
+    example = {name: _content(row[name], name) for name in FORMS[kind][form] if name != "label"}
     if form == "preference":
         example = _with_prompt(row, example)
     if form == "messages" and isinstance(example["messages"], str):
@@ -171,6 +176,10 @@ def normalise(row: Mapping[str, Any], kind: str) -> dict[str, Any]:
     if kind == "ranking":
         margin = 0.0 if row.get("margin") is None else _numbers([row["margin"]], "margin")[0]
         example |= {"ranks": [0, 1], "margins": [margin, 0.0]}
+    if kind == "unpaired":
+        example["labels"] = [1, 0] if form == "preference" else [_label(row["label"])]
+        if form == "unpaired":
+            _check_repeated(example)
     return {**example, "tools": _tools(row.get("tools")), "chat_template_kwargs": _kwargs(row)}
 
 
@@ -224,6 +233,19 @@ def _with_prompt(row: Mapping[str, Any], example: dict[str, Any]) -> dict[str, A
             "repeated prompt", "chosen and rejected begin with the messages of `prompt`; leave one of the two away"
         )
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _label(value: Any) -> int:
+    label = value.strip().lower() if isinstance(value, str) else value
+    if isinstance(label, bool | int | float | str) and label in LABELS:
+        return LABELS[label]
+    raise Bad("wrong label", f"`label` is {_name(value)}; true or false (or 1 or 0) expected")
+
+
+def _check_repeated(example: Mapping[str, Any]) -> None:
+    prompt, completion = example["prompt"], example["completion"]
+    if not isinstance(prompt, str) and prompt and completion[: len(prompt)] == prompt:
+        raise Bad("repeated prompt", "the completion begins with the messages of `prompt`; leave one of the two away")
 
 
 def _ranked(row: Mapping[str, Any]) -> dict[str, Any]:

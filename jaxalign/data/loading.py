@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from jaxalign.data.checks import Report, admit, check
-from jaxalign.data.examples import Examples, encode_rows, hold_out
+from jaxalign.data.examples import Examples, encode_rows, hold_out, take_apart
 from jaxalign.data.filters import Removed, sift
 from jaxalign.data.formats import DataConfig
 from jaxalign.data.mixture import MixtureOrder, Share, join, part_config
@@ -54,7 +54,7 @@ def load(config: DataConfig, tokenizer: PreTrainedTokenizerFast, kind: str, pack
     Args:
       config: what to read and how to encode it.
       tokenizer: left as it is; see `tokenizer.prepare`.
-      kind: `sft`, `preference`, `ranking` or `prompt`.
+      kind: `sft`, `preference`, `ranking`, `stepwise`, `unpaired` or `prompt`.
       packing: measures of packing for the report, see `checks.check`.
 
     Raises:
@@ -74,6 +74,10 @@ def inspect(config: DataConfig, tokenizer: PreTrainedTokenizerFast, kind: str, p
     tokenizer = prepare(tokenizer, chat_template_path=config.chat_template_path, eos_token=config.eos_token)
     stream, evaluation = None, None
     if config.streaming:
+        if kind == "unpaired":
+            raise ValueError(
+                "data.streaming: labels and the order of a batch must be known beforehand; set it to false"
+            )
         held_out = _evaluation(config, tokenizer, kind)
         stream = open_stream(config, tokenizer, kind, held_out)
         train, evaluation = stream.sample(), held_out
@@ -83,6 +87,8 @@ def inspect(config: DataConfig, tokenizer: PreTrainedTokenizerFast, kind: str, p
             train, evaluation = hold_out(train, config.eval_ratio, config.seed)
         else:
             evaluation = _evaluation(config, tokenizer, kind)
+    if kind == "unpaired":  # after holding out: both completions of a pair stay on one side
+        train, evaluation = take_apart(train), None if evaluation is None else take_apart(evaluation)
     sifted = sift(train, None if evaluation is None else evaluation.good(), config.filters, kind)
     order = None if stream is not None else _order(config, sifted.examples.good())
     report = check(sifted.examples, evaluation, packing)

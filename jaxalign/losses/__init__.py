@@ -39,23 +39,37 @@ from jaxalign.losses.preference import PREFERENCE_LOSSES, PreferenceLogps
 from jaxalign.losses.reward import RankingTerms, bradley_terry, ranking
 from jaxalign.losses.supervised import SFT_LOSSES
 from jaxalign.losses.tokens import TokenStatistics, token_logps, token_statistics
+from jaxalign.losses.transport import COUPLED_LOSSES
+from jaxalign.losses.unpaired import (
+    MISMATCHED_LOSSES,
+    RUNNING_LOSSES,
+    UNPAIRED_LOSSES,
+    UnpairedLogps,
+    kto_baseline,
+    running_mean,
+)
 from jaxalign.losses.value import ValueTerms, value_loss
 
 __all__ = [
     "ADVANTAGES",
     "AGGREGATIONS",
     "CISPO_BOUNDS",
+    "COUPLED_LOSSES",
     "KL_ESTIMATORS",
+    "MISMATCHED_LOSSES",
     "POLICY_LOSSES",
     "PREFERENCE_LOSSES",
     "RATIO_LEVELS",
+    "RUNNING_LOSSES",
     "SFT_LOSSES",
+    "UNPAIRED_LOSSES",
     "Aggregation",
     "Counts",
     "PolicyTerms",
     "PreferenceLogps",
     "RankingTerms",
     "TokenStatistics",
+    "UnpairedLogps",
     "ValueTerms",
     "aggregate",
     "balance_loss",
@@ -69,6 +83,7 @@ __all__ = [
     "discounted_returns",
     "gae",
     "group_advantages",
+    "kto_baseline",
     "leave_one_out_advantages",
     "length_mask",
     "mean_by_completion",
@@ -78,6 +93,7 @@ __all__ = [
     "prob_ratios",
     "ranking",
     "ratio",
+    "running_mean",
     "spread_by_completion",
     "sum_by_completion",
     "sum_scores",

@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxalign.losses.transport import aot, aot_unpaired
 from jaxalign.types import Array
 
 
@@ -20,12 +21,16 @@ class PreferenceLogps(NamedTuple):
       rejected_log_ratios: the same over the rejected one.
       chosen_lengths: tokens of the chosen completion, EOS included.
       rejected_lengths: tokens of the rejected completion.
+      chosen_logps: `sum_t log policy` over the chosen completion, for losses that need it.
+      rejected_logps: the same over the rejected one.
     """
 
     chosen_log_ratios: Array
     rejected_log_ratios: Array
     chosen_lengths: Array
     rejected_lengths: Array
+    chosen_logps: Array | None = None
+    rejected_logps: Array | None = None
 
 
 def sigmoid(logps: PreferenceLogps, *, beta: float, label_smoothing: float = 0.0) -> jax.Array:
@@ -62,7 +67,7 @@ def ipo(logps: PreferenceLogps, *, beta: float, label_smoothing: float = 0.0) ->
       `[pairs]`.
     """
     _no_smoothing("ipo", label_smoothing)
-    chex.assert_equal_shape(list(logps))
+    chex.assert_equal_shape(list(logps[:4]))
     chosen = logps.chosen_log_ratios / jnp.maximum(logps.chosen_lengths, 1)
     rejected = logps.rejected_log_ratios / jnp.maximum(logps.rejected_lengths, 1)
     return jnp.square(chosen - rejected - 1 / (2 * beta))
@@ -88,7 +93,7 @@ def hinge(logps: PreferenceLogps, *, beta: float, label_smoothing: float = 0.0) 
 
 
 def _margin(logps: PreferenceLogps) -> Array:
-    chex.assert_equal_shape(list(logps))
+    chex.assert_equal_shape(list(logps[:4]))
     return logps.chosen_log_ratios - logps.rejected_log_ratios
 
 
@@ -98,4 +103,10 @@ def _no_smoothing(name: str, label_smoothing: float) -> None:
 
 
 PreferenceLoss = Callable[..., jax.Array]
-PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {"sigmoid": sigmoid, "ipo": ipo, "hinge": hinge}
+PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
+    "sigmoid": sigmoid,
+    "ipo": ipo,
+    "hinge": hinge,
+    "aot": aot,
+    "aot_unpaired": aot_unpaired,
+}

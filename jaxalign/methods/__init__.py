@@ -1,6 +1,15 @@
 """One file, one method."""
 
-from jaxalign.methods import grpo, online_preference, ppo, preference, process_reward, reward, sft
+from jaxalign.methods import (
+    grpo,
+    online_preference,
+    ppo,
+    preference,
+    process_reward,
+    reward,
+    sft,
+    unpaired_preference,
+)
 
 METHODS = {
     "sft": sft,
@@ -10,6 +19,17 @@ METHODS = {
     "grpo": grpo,
     "ppo": ppo,
     "online_preference": online_preference,
+    "unpaired_preference": unpaired_preference,
 }
 
-__all__ = ["METHODS", "grpo", "online_preference", "ppo", "preference", "process_reward", "reward", "sft"]
+__all__ = [
+    "METHODS",
+    "grpo",
+    "online_preference",
+    "ppo",
+    "preference",
+    "process_reward",
+    "reward",
+    "sft",
+    "unpaired_preference",
+]

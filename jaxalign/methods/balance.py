@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxalign.losses import balance_loss
 from jaxalign.models import Model
-from jaxalign.training.step import Coupled, LossFn
+from jaxalign.training.step import PreparedLoss, LossFn
 from jaxalign.types import Array, Batch, Mean, Metrics, Variables
 
 
@@ -72,7 +72,7 @@ def couple(weight: float, model: Model, loss: LossFn, *, disable_dropout: bool) 
     """
     if not weight:
         return loss
-    return Coupled(loss, partial(_count_loads, model, disable_dropout))
+    return PreparedLoss(loss, partial(_count_loads, model, disable_dropout))
 
 
 def _count_loads(

@@ -15,7 +15,7 @@ import optax
 from jaxalign.losses import TokenStatistics, token_statistics
 from jaxalign.methods import balance
 from jaxalign.models import Model, freezing
-from jaxalign.packing import pack
+from jaxalign.packing import Document, pack
 from jaxalign.training.state import TrainState, init_state
 from jaxalign.training.step import evaluate
 from jaxalign.types import Array, Batch, Mean, Metrics, PyTree, Variables
@@ -105,6 +105,28 @@ def has_critic(method: ModuleType) -> bool:
     return getattr(method, "CRITIC", False)
 
 
+def borrows(method: ModuleType, config: Any) -> bool:
+    """Whether an example's document also holds a completion of another example of the batch (`borrows`)."""
+    asked = getattr(method, "borrows", None)
+    return asked is not None and asked(config)
+
+
+def to_documents(
+    method: ModuleType, config: Any, examples: Sequence[Example], max_length: int | None = None
+) -> list[Document]:
+    """The documents of a global batch, in its order; a borrowed completion is cut where it goes beyond `max_length`."""
+    if borrows(method, config):
+        examples = method.borrow(config, examples, max_length)
+    return [method.to_document(config, example) for example in examples]
+
+
+def check_examples(method: ModuleType, config: Any, examples: Any, batch_size: int, name: str) -> None:
+    """Lets a method refuse data that its batches cannot be made of (`check_examples`); `name` is for the message."""
+    check = getattr(method, "check_examples", None)
+    if check is not None:
+        check(config, examples, batch_size, name)
+
+
 def in_loss(batch: Batch) -> Array:
     """Completion numbers of a batch's predictions, -1 for what its `loss_mask` leaves out."""
     return jnp.where(batch.fields["loss_mask"] > 0, batch.predictions.completions, -1)
@@ -127,5 +149,5 @@ def for_evaluation(method: ModuleType, config: Any) -> Any:
 
 def pack_examples(method: ModuleType, config: Any, examples: Sequence[Example], **layout: Any) -> Batch:
     """Packs examples as the method's documents; `layout` as `packing.pack`."""
-    documents = [method.to_document(config, example) for example in examples]
+    documents = to_documents(method, config, examples)
     return pack(documents, completions=method.COMPLETIONS, share_prompt=getattr(config, "share_prompt", True), **layout)

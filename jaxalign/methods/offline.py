@@ -12,10 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.data import Bad, Batches, Examples, MixtureOrder, Removed, Stream, StreamBatch, StreamBatches
-from jaxalign.methods.common import Example
+from jaxalign.methods.common import Example, borrows, to_documents
 from jaxalign.models import ModelConfig
 from jaxalign.models.config import count_params
-from jaxalign.packing import Piece, build, choose_length, pieces_of, plan
+from jaxalign.packing import build, choose_length, pieces_of, plan
 from jaxalign.sharding import data_shards, place_batch
 from jaxalign.types import Batch
 
@@ -61,6 +61,7 @@ class Layout:
       shards: devices of this process that split the rows.
       process: number of this process.
       processes: number of processes.
+      max_length: most tokens of a prompt with a completion of another example, for methods that join them.
     """
 
     batch_size: int
@@ -69,6 +70,7 @@ class Layout:
     shards: int = 1
     process: int = 0
     processes: int = 1
+    max_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ def make_layout(
     row_length: int | str = "auto",
     seed: int = 0,
     least: int = 0,
+    max_length: int | None = None,
 ) -> Layout:
     """The layout that serves all given data sets; with `auto`, the row length that is cheapest for the first.
 
@@ -154,7 +157,7 @@ def make_layout(
         raise ValueError(f"train.micro_batch_size={micro} must be a multiple of the number of processes ({processes})")
     if data_shards(mesh) % processes:
         raise ValueError(f"mesh: data × fsdp = {data_shards(mesh)} must be a multiple of the {processes} processes")
-    longest = max(_longest(each, getattr(config, "share_prompt", True)) for each in examples)
+    longest = max(_longest(method, config, each, max_length) for each in examples)
     if isinstance(row_length, int):
         if row_length < longest:
             raise ValueError(f"train.row_length={row_length}, but the longest example has {longest} tokens")
@@ -162,13 +165,16 @@ def make_layout(
     else:
         first = examples[0]
         order = np.random.default_rng(seed).permutation(len(first))[: SAMPLED_MICRO_BATCHES * micro]
-        pieces = [_pieces(method, config, first[int(i)]) for i in order]
+        share = getattr(config, "share_prompt", True)
+        documents = to_documents(method, config, [first[int(i)] for i in order], max_length)
+        pieces = [pieces_of(document, share) for document in documents]
         # A tensor core or a systolic array wants multiples of 128; on CPU padding costs more than an odd shape.
         multiple = 32 if mesh.devices.flat[0].platform == "cpu" else 128
         weight = attention_weight(model)
         needed = max(longest, least)
         length = choose_length(pieces, micro, attention_weight=weight, multiple=multiple, longest=needed)
-    return Layout(batch_size, micro, length, data_shards(mesh) // processes, jax.process_index(), processes)
+    shards = data_shards(mesh) // processes
+    return Layout(batch_size, micro, length, shards, jax.process_index(), processes, max_length)
 
 
 def attention_weight(model: ModelConfig) -> float:
@@ -269,7 +275,7 @@ def make_source(
 
 def pack_global(method: ModuleType, config: Any, examples: Sequence[Example], layout: Layout) -> Packed:
     """This process's rows of a global batch; the micro-batches are always as many as a full batch has."""
-    documents = {i: method.to_document(config, example) for i, example in enumerate(examples)}
+    documents = dict(enumerate(to_documents(method, config, examples, layout.max_length)))
     share = getattr(config, "share_prompt", True)
     planned = plan(
         [pieces_of(document, share) for document in documents.values()],
@@ -306,13 +312,12 @@ def _cut(examples: ExampleList, size: int) -> Iterator[list[Example]]:
         yield [examples[i] for i in range(start, min(start + size, len(examples)))]
 
 
-def _longest(examples: Examples, share_prompt: bool) -> int:
+def _longest(method: ModuleType, config: Any, examples: Examples, max_length: int | None) -> int:
     lengths = examples.lengths
-    if share_prompt:
-        return int(lengths["total"].max())
-    branches = [part for name, part in lengths.items() if name not in ("prompt", "total")]
-    return int((lengths["prompt"] + np.max(branches, axis=0)).max())
-
-
-def _pieces(method: ModuleType, config: Any, example: Example) -> list[Piece]:
-    return pieces_of(method.to_document(config, example), getattr(config, "share_prompt", True))
+    branches = {name: part for name, part in lengths.items() if name not in ("prompt", "total")}
+    if borrows(method, config):
+        room = (max_length or np.iinfo(np.int64).max) - lengths["prompt"]
+        branches["borrowed"] = np.minimum(lengths["completion"].max(), room)
+    if getattr(config, "share_prompt", True):
+        return int((lengths["total"] + branches.get("borrowed", 0)).max())
+    return int((lengths["prompt"] + np.max(list(branches.values()), axis=0)).max())

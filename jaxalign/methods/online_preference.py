@@ -14,6 +14,7 @@ from jaxalign import losses
 from jaxalign.methods import common, preference
 from jaxalign.methods.rollout import choose_completions
 from jaxalign.models import Model
+from jaxalign.training.coupled import CoupledLoss
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import LossFn, Step
 from jaxalign.training.step import make_step as make_training_step
@@ -167,7 +168,7 @@ def estimate(
     return pairs, metrics, carry
 
 
-def make_loss(config: Config, model: Model) -> LossFn:
+def make_loss(config: Config, model: Model) -> LossFn | CoupledLoss:
     """The preference loss of a micro-batch that carries `ref_logps`, at the config's temperature."""
     return preference.make_loss(config.offline, model, temperature=config.temperature)
 

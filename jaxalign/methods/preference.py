@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxalign.losses import PREFERENCE_LOSSES, PreferenceLogps, count_by_completion, sum_by_completion
+from jaxalign.losses import COUPLED_LOSSES, PREFERENCE_LOSSES, PreferenceLogps, count_by_completion, sum_by_completion
 from jaxalign.methods import balance, common
 from jaxalign.models import Model
 from jaxalign.packing import Document
+from jaxalign.training.coupled import CoupledLoss
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import LossFn, Step, Totals
 from jaxalign.training.step import make_step as make_training_step
@@ -24,6 +25,7 @@ from jaxalign.types import Array, Batch, Metrics, Variables
 
 KIND = "preference"
 COMPLETIONS = 2
+BRANCHES = ("chosen", "rejected")  # whose reference log-probs can be computed beforehand
 NEEDS_REFERENCE = True
 LEARNING_RATE = 1e-6
 
@@ -35,7 +37,7 @@ class Config:
     Attributes:
       loss_type: key in `PREFERENCE_LOSSES`.
       beta: inverse strength of the KL penalty.
-      label_smoothing: probability that a label is wrong; `sigmoid` only.
+      label_smoothing: probability that a label is wrong; `sigmoid`, `aot` and `aot_unpaired` only.
       disable_dropout: no dropout even if the model's config has some.
       precompute_ref_log_probs: run the reference once over the data set before training and cache what it says on disk,
         instead of keeping it in memory and running it on every batch.
@@ -61,7 +63,7 @@ class Config:
             raise ValueError(f"beta={self.beta} must be greater than 0")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing={self.label_smoothing} must lie in [0, 0.5)")
-        if self.label_smoothing and self.loss_type != "sigmoid":
+        if self.label_smoothing and self.loss_type not in {"sigmoid", *COUPLED_LOSSES}:
             raise ValueError(f"loss_type {self.loss_type!r} has no label smoothing: set label_smoothing to 0")
 
 
@@ -93,14 +95,18 @@ def totals(batch: Batch) -> Totals:
     return {"loss": batch.present[..., 0::2].sum()}
 
 
-def make_loss(config: Config, model: Model, *, temperature: float = 1.0) -> LossFn:
-    """The loss of a micro-batch that carries `ref_logps`: the sum over its pairs / pairs of the global batch."""
+def make_loss(config: Config, model: Model, *, temperature: float = 1.0) -> LossFn | CoupledLoss:
+    """The loss of a micro-batch that carries `ref_logps`: the sum over its pairs / pairs of the global batch.
+
+    Those of `COUPLED_LOSSES` are of the whole batch.
+    """
     preference_loss = partial(
         PREFERENCE_LOSSES[config.loss_type], beta=config.beta, label_smoothing=config.label_smoothing
     )
     weight = balance.coefficient(config.router_aux_loss_coef, model)
 
-    def loss(params: Variables, frozen: Variables, batch: Batch, totals: Totals, key: jax.Array | None):
+    def read(params: Variables, frozen: Variables, batch: Batch, totals: Totals, key: jax.Array | None):
+        del totals
         if "ref_logps" not in batch.fields:
             raise ValueError(
                 "the batch has no ref_logps: fill it with make_reference, or give examples that carry them"
@@ -112,12 +118,27 @@ def make_loss(config: Config, model: Model, *, temperature: float = 1.0) -> Loss
         # Differenced per token before summing: the sums are large and nearly equal.
         log_ratios = sum_by_completion(tokens.logps - batch.fields["ref_logps"], completions, n)
         lengths = count_by_completion(completions, n)
-        pairs = PreferenceLogps(log_ratios[0::2], log_ratios[1::2], lengths[0::2], lengths[1::2])
+        logps = sum_by_completion(tokens.logps, completions, n)
+        sums = (log_ratios[0::2], log_ratios[1::2], lengths[0::2], lengths[1::2], logps[0::2], logps[1::2])
+        pairs = PreferenceLogps(*sums)
+        return pairs, _metrics(config, batch, tokens, pairs, batch.present[0::2]), tokens.aux
+
+    def loss(params: Variables, frozen: Variables, batch: Batch, totals: Totals, key: jax.Array | None):
+        pairs, metrics, aux = read(params, frozen, batch, totals, key)
         present = batch.present[0::2]
         value = jnp.where(present > 0, preference_loss(pairs), 0).sum() / jnp.maximum(totals["loss"], 1)
-        metrics = _metrics(config, batch, tokens, pairs, present)
-        return balance.add(weight, model, batch, tokens.aux, value, metrics)
+        return balance.add(weight, model, batch, aux, value, metrics)
 
+    def combine(pairs: PreferenceLogps, batch: Batch, totals: Totals):
+        flat = jax.tree.map(lambda x: x.reshape(-1), (pairs, batch.present[:, 0::2]))
+        return preference_loss(flat[0], where=flat[1]).sum() / jnp.maximum(totals["loss"], 1), {}
+
+    if config.loss_type in COUPLED_LOSSES:
+        if weight:
+            raise ValueError(
+                f"loss_type={config.loss_type!r} goes without a router loss: set router_aux_loss_coef to 0"
+            )
+        return CoupledLoss(lambda *parts: read(*parts)[:2], combine)
     return balance.couple(weight, model, loss, disable_dropout=config.disable_dropout)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 from collections.abc import Callable
@@ -29,26 +30,28 @@ VERSION = "1"  # raise it when the same rows and reference give other numbers
 
 @dataclass(frozen=True)
 class WithReference:
-    """Preference examples that carry `ref_chosen_logps` and `ref_rejected_logps`, float32 per token.
+    """Examples that carry `ref_<branch>_logps`, float32 per token.
 
     Attributes:
-      examples: the pairs.
-      logps: float32, of all completions of all examples, end to end, chosen before rejected.
+      examples: without them.
+      logps: float32, of all completions of all examples, end to end, an example's in the order of its branches.
       starts: int64 `[examples]`, where each example begins in `logps`.
+      branches: their names: `chosen` and `rejected`, or `completion`.
     """
 
     examples: Examples
     logps: np.ndarray
     starts: np.ndarray
+    branches: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, i: int) -> Example:
         example = self.examples[i]
-        start, chosen, rejected = int(self.starts[i]), len(example["chosen_ids"]), len(example["rejected_ids"])
-        values = self.logps[start : start + chosen + rejected]
-        return {**example, "ref_chosen_logps": values[:chosen], "ref_rejected_logps": values[chosen:]}
+        ends = int(self.starts[i]) + np.cumsum([0, *(len(example[f"{name}_ids"]) for name in self.branches)])
+        spans = zip(self.branches, itertools.pairwise(ends), strict=True)
+        return {**example, **{f"ref_{name}_logps": self.logps[start:end] for name, (start, end) in spans}}
 
 
 def cache_key(examples: Examples, fingerprint: str) -> str:
@@ -73,9 +76,9 @@ def precompute(
     """Log-probs of all completions, read from `path` or computed and written there.
 
     Args:
-      method: a module of `METHODS` for pairs.
+      method: a module of `METHODS` with `BRANCHES`.
       config: its Config.
-      examples: the pairs.
+      examples: what it learns from.
       layout: of the batches that the reference runs on.
       mesh: where it runs.
       reference: adds `ref_logps` to a batch on the mesh.
@@ -84,7 +87,7 @@ def precompute(
     Raises:
       OSError: the file cannot be written.
     """
-    sizes = examples.lengths["chosen"] + examples.lengths["rejected"]
+    sizes = np.sum([examples.lengths[name] for name in method.BRANCHES], axis=0)
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
     if not path.exists() or np.load(path, mmap_mode="r").shape != (int(sizes.sum()),):
         logger.info("running the reference over %d examples", len(examples))
@@ -97,12 +100,14 @@ def precompute(
             partial.replace(path)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("reference log-probs")
-            return WithReference(examples, logps, starts)
-    return WithReference(examples, np.load(path, mmap_mode="r"), starts)
+            return WithReference(examples, logps, starts, method.BRANCHES)
+    return WithReference(examples, np.load(path, mmap_mode="r"), starts, method.BRANCHES)
 
 
 def _run(method, config, examples, layout, mesh, reference, sizes, starts) -> np.ndarray:
     logps = np.zeros(int(sizes.sum()), np.float32)
+    lengths = [examples.lengths[name] for name in method.BRANCHES]
+    before = np.cumsum([np.zeros_like(sizes), *lengths[:-1]], axis=0)
     with make_batches(method, config, examples, layout, shuffle=False) as batches:
         for host in batches:
             filled = reference(place_batch(mesh, host.data.batch))
@@ -112,8 +117,7 @@ def _run(method, config, examples, layout, mesh, reference, sizes, starts) -> np
             values, completions, steps = (np.asarray(array) for array in arrays)
             for micro in range(values.shape[0]):
                 real = completions[micro] >= 0
-                pair, second = np.divmod(completions[micro][real], 2)
-                which = host.indices[micro * layout.micro_batch_size + pair]
-                chosen = examples.lengths["chosen"][which]
-                logps[starts[which] + second * chosen + steps[micro][real]] = values[micro][real]
+                place, branch = np.divmod(completions[micro][real], method.COMPLETIONS)
+                which = host.indices[micro * layout.micro_batch_size + place]
+                logps[starts[which] + before[branch, which] + steps[micro][real]] = values[micro][real]
     return logps

@@ -15,6 +15,7 @@ from jaxalign.config import Stage
 from jaxalign.methods import METHODS
 from jaxalign.methods.common import for_evaluation, is_online, make_eval_step, split_variables
 from jaxalign.methods.offline import ExampleList, OfflineSource, make_batches
+from jaxalign.methods.running import with_carry
 from jaxalign.run.inputs import Say, attach_reference, load_policy, load_start
 from jaxalign.run.online import load_scoring, make_judge
 from jaxalign.run.prepare import Prepared, prepare
@@ -54,7 +55,11 @@ def evaluate_stage(stage: Stage, path: str | None, *, say: Say) -> dict[str, flo
 
 
 def make_evaluate(
-    ready: Prepared, lookup: ExampleList, examples: data.Examples, fill: Callable[[Batch], Batch] | None
+    ready: Prepared,
+    lookup: ExampleList,
+    examples: data.Examples,
+    fill: Callable[[Batch], Batch] | None,
+    carry: Callable[[], Any] | None = None,
 ) -> Callable[..., dict[str, Any]]:
     """`(params, frozen) -> metrics` over a data set: means over all its examples, not over batches.
 
@@ -63,6 +68,7 @@ def make_evaluate(
       lookup: the examples as the loss wants them.
       examples: the same, as counted and measured.
       fill: see `Examples`.
+      carry: gives what training carries along at that time; None = what it begins with.
     """
     config = for_evaluation(ready.method, ready.stage.method)
     step = jax.jit(make_eval_step(ready.method, config, ready.model))
@@ -73,7 +79,9 @@ def make_evaluate(
         source = OfflineSource(batches, ready.mesh, fill)
         try:
             for _ in range(len(batches)):
-                merged = merged.add(step(params, frozen, source.next(None)[0]))
+                now = None if carry is None else carry()
+                batch = with_carry(ready.method, ready.stage.method, source.next(None)[0], now)
+                merged = merged.add(step(params, frozen, batch))
         finally:
             source.close()
         return dict(merged.parts)

@@ -15,9 +15,18 @@ from jax.sharding import Mesh
 from jaxalign import data, models, sampling
 from jaxalign.config import Stage
 from jaxalign.methods import METHODS
-from jaxalign.methods.common import has_critic, is_online, make_eval_step, score_labels, split_variables, trains_scores
-from jaxalign.methods.offline import Layout, make_layout, packing_report
+from jaxalign.methods.common import (
+    check_examples,
+    has_critic,
+    is_online,
+    make_eval_step,
+    score_labels,
+    split_variables,
+    trains_scores,
+)
+from jaxalign.methods.offline import Layout, make_layout, pack_global, packing_report
 from jaxalign.methods.rollout import row_length
+from jaxalign.methods.running import with_carry
 from jaxalign.models.config import DType
 from jaxalign.models.heads import score_config
 from jaxalign.run.adapting import adapted_config, check_adapting
@@ -77,6 +86,9 @@ def prepare(stage: Stage) -> Prepared:
     found = data.load(_data_config(stage), models.load_tokenizer(stage.model.path), method.KIND)
     check_streaming(stage, found)
     found = _wrapped(stage, found, config)
+    for name, each in (("training", found.train), ("evaluation", found.eval)):
+        if each is not None:
+            check_examples(method, stage.method, each, stage.train.batch_size, name)
     layout = _layout(stage, [each for each in (found.train, found.eval) if each is not None], config, mesh)
     model = models.build(
         config,
@@ -197,13 +209,14 @@ def _online_metrics(ready: Prepared) -> list[str]:
 def _offline_metrics(ready: Prepared) -> list[str]:
     """Names of the metrics of the method's loss."""
     assert ready.data.eval is not None
-    examples = [ready.data.eval[0]]
-    batch = ready.method.make_batch(ready.stage.method, examples, length=ready.layout.length)
+    examples = [ready.data.eval[i] for i in range(min(2, len(ready.data.eval), ready.layout.batch_size))]
+    batch = pack_global(ready.method, ready.stage.method, examples, ready.layout).batch
     shapes = jax.eval_shape(ready.model.init, jax.random.key(0))
 
     def evaluate(variables, batch):
         if ready.method.NEEDS_REFERENCE:
             batch = ready.method.make_reference(ready.stage.method, ready.model)(variables, batch)
+        batch = with_carry(ready.method, ready.stage.method, batch)
         return make_eval_step(ready.method, ready.stage.method, ready.model)(*split_variables(variables), batch)
 
     return list(jax.eval_shape(evaluate, shapes, batch))
@@ -235,6 +248,7 @@ def check_data(stage: Stage) -> tuple[data.Data, dict[str, float]]:
     if not len(good):
         return found, {}
     good = _wrapped(stage, replace(found, train=good, eval=None), config).train
+    check_examples(method, stage.method, good, stage.train.batch_size, "training")
     layout = _layout(stage, [good], config, make_mesh(stage.mesh))
     if is_online(method):
         return found, {"row_length": layout.length}  # what is packed is yet to be drawn
@@ -256,6 +270,7 @@ def _layout(stage: Stage, examples: list[data.Examples], config: models.ModelCon
         # A wrapped row's last token is only a target, which takes no place.
         row_length=_wrapped_length(stage) + 1 if wrapped else stage.train.row_length,
         seed=stage.data.seed,
+        max_length=stage.data.max_length,
         # Of a stream only the beginning is known: what may come is at least this long.
         least=stage.data.max_length if stage.data.streaming else 0,
     )

@@ -17,6 +17,7 @@ from jaxalign.config import Stage
 from jaxalign.methods.common import is_online, join_variables, split_start
 from jaxalign.methods.offline import OfflineSource, make_source
 from jaxalign.methods.online import OnlineSource
+from jaxalign.methods.running import CarryingSource, carry_along
 from jaxalign.models.config import forward_flops, mean_attended
 from jaxalign.run.adapting import adapt, describe_training
 from jaxalign.run.evaluate import make_evaluate
@@ -146,7 +147,7 @@ def last_metrics(folder: Path) -> dict[str, float]:
 class _Pieces:
     """What the loop works with, made once the state is there."""
 
-    source: OfflineSource | OnlineSource
+    source: OfflineSource | CarryingSource | OnlineSource
     evaluate: loop.Evaluate | None
     on_sample: Callable[[], loop.OnSample]
 
@@ -244,8 +245,8 @@ def _offline(ready: Prepared, folder: Path, key: jax.Array, say: Say) -> _Start:
 
     def pieces(frozen: Variables) -> _Pieces:
         load.cache_clear()
-        source = _make_source(ready, examples, folder)
-        return _Pieces(source, _make_evaluate(ready, examples, frozen), lambda: _make_on_sample(ready, frozen))
+        source = _make_source(ready, examples, frozen, folder)
+        return _Pieces(source, _make_evaluate(ready, examples, frozen, source), lambda: _make_on_sample(ready, frozen))
 
     # A live reference may be these very variables.
     shared = examples.fill is not None and stage.model.reference in (None, stage.model.path)
@@ -274,18 +275,24 @@ def _online(ready: Prepared, folder: Path, key: jax.Array, say: Say) -> _Start:
     return _Start(trained.model, trained.shapes, trained.load, shared, pieces)
 
 
-def _make_evaluate(ready: Prepared, examples: Examples, frozen: Variables) -> loop.Evaluate | None:
+def _make_evaluate(
+    ready: Prepared, examples: Examples, frozen: Variables, source: OfflineSource | CarryingSource
+) -> loop.Evaluate | None:
     if examples.eval is None or ready.data.eval is None:
         return None
-    evaluate = make_evaluate(ready, examples.eval, ready.data.eval, examples.fill)
+    carry = (lambda: source.carry) if isinstance(source, CarryingSource) else None
+    evaluate = make_evaluate(ready, examples.eval, ready.data.eval, examples.fill, carry)
     return lambda state: evaluate(state.params, frozen)
 
 
-def _make_source(ready: Prepared, examples: Examples, folder: Path) -> OfflineSource:
+def _make_source(
+    ready: Prepared, examples: Examples, frozen: Variables, folder: Path
+) -> OfflineSource | CarryingSource:
     data, train = ready.stage.data, ready.stage.train
     if ready.data.stream is not None:
-        return make_stream_source(ready, ready.data.stream, examples, folder)
-    return make_source(
+        source = make_stream_source(ready, ready.data.stream, examples, folder)
+        return carry_along(ready.method, ready.stage.method, ready.model, frozen, source)
+    source = make_source(
         ready.method,
         ready.stage.method,
         ready.data.train,
@@ -299,6 +306,7 @@ def _make_source(ready: Prepared, examples: Examples, folder: Path) -> OfflineSo
         prefetch=train.prefetch,
         order=ready.data.order,
     )
+    return carry_along(ready.method, ready.stage.method, ready.model, frozen, source)
 
 
 def _loop_config(ready: Prepared) -> loop.Config:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxalign.training.coupled import CoupledLoss, Totals, alone, read_all, weighed
 from jaxalign.training.state import TrainState
 from jaxalign.types import Array, Batch, Max, Mean, Metric, Metrics, Min, PyTree
 
-Totals = Mapping[str, Array]
 LossFn = Callable[[PyTree, PyTree, Batch, Totals, jax.Array | None], tuple[jax.Array, Metrics]]
 TotalsFn = Callable[[Batch], Totals]
 Step = Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]
 
 
 @dataclass(frozen=True)
-class Coupled:
+class PreparedLoss:
     """A loss that couples the examples of a batch through numbers that depend on the parameters.
 
     Attributes:
@@ -39,7 +39,7 @@ class Coupled:
 
 
 def make_step(
-    loss: LossFn,
+    loss: LossFn | CoupledLoss,
     totals: TotalsFn,
     optimizer: optax.GradientTransformation,
     learning_rate: Callable[[Array], Array] | None = None,
@@ -48,7 +48,7 @@ def make_step(
 
     Args:
       loss: `(params, frozen, micro_batch, totals, key) -> (sum of loss terms over their totals, metrics)`; the
-        micro-batch has no leading axis.
+        micro-batch has no leading axis. A `CoupledLoss` where the loss is no such sum.
       totals: counts each loss term's denominator over the global batch, before the scan; therefore losses, gradients
         and metrics of micro-batches and devices only add.
       optimizer: any optax transformation.
@@ -73,48 +73,69 @@ def make_step(
 
 
 def accumulate(
-    loss: LossFn, totals: Totals, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array
+    loss: LossFn | CoupledLoss, totals: Totals, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array
 ) -> tuple[PyTree, Metrics]:
-    """The gradient of the summed loss and its metrics, one micro-batch at a time.
+    """The gradient of the summed loss and its metrics, one micro-batch at a time; a coupled loss takes two passes.
 
     Returns:
       Gradients in the parameters' dtype (float32 at least while they are summed) and metrics, `loss` among them.
     """
-    if isinstance(loss, Coupled):
+    if isinstance(loss, PreparedLoss):
         batch, loss = loss.prepare(params, frozen, batch, key), loss.loss
+    if not isinstance(loss, CoupledLoss):
+        return _accumulate(loss, totals, params, frozen, batch, key)
+    if batch.present.shape[0] == 1:
+        return _accumulate(alone(loss), totals, params, frozen, batch, key)
+    value, extra, slopes = read_all(loss, totals, params, frozen, batch, key)
+    grads, metrics = _accumulate(weighed(loss), totals, params, frozen, (batch, slopes), key)
+    return grads, {**metrics, **extra, "loss": _once(value)}
+
+
+def _accumulate(
+    loss: Callable[..., tuple[jax.Array, Metrics]],
+    totals: Totals,
+    params: PyTree,
+    frozen: PyTree,
+    parts: PyTree,
+    key: jax.Array,
+) -> tuple[PyTree, Metrics]:
+    """Sums over the leading axis of `parts`, which the loss takes one at a time."""
     gradient = jax.value_and_grad(loss, has_aux=True)
     wide = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
 
     def one(total, part):
-        number, micro_batch = part
-        (value, metrics), grads = gradient(params, frozen, micro_batch, totals, jax.random.fold_in(key, number))
+        number, own = part
+        (value, metrics), grads = gradient(params, frozen, own, totals, jax.random.fold_in(key, number))
         return jax.tree.map(lambda a, g: a + g.astype(a.dtype), total, grads), (value, metrics)
 
-    count = batch.present.shape[0]
+    count = jax.tree.leaves(parts)[0].shape[0]
     if count == 1:
         # A scan of one would still keep a second copy of the gradients.
-        only = jax.tree.map(lambda x: x[0], batch)
+        only = jax.tree.map(lambda x: x[0], parts)
         (value, metrics), summed = gradient(params, frozen, only, totals, jax.random.fold_in(key, 0))
     else:
-        summed, (values, stacked) = jax.lax.scan(one, wide, (jnp.arange(count), batch))
+        summed, (values, stacked) = jax.lax.scan(one, wide, (jnp.arange(count), parts))
         value, metrics = values.sum(0), merge_stacked(stacked)
     return jax.tree.map(lambda g, p: g.astype(p.dtype), summed, params), {**metrics, "loss": _once(value)}
 
 
-def evaluate(loss: LossFn, totals: TotalsFn, params: PyTree, frozen: PyTree, batch: Batch) -> Metrics:
+def evaluate(loss: LossFn | CoupledLoss, totals: TotalsFn, params: PyTree, frozen: PyTree, batch: Batch) -> Metrics:
     """Loss and metrics of a batch without gradients or noise.
 
     `loss` is a mean weighted by the batch's `totals["loss"]`: those of several batches merge to that of all together.
     """
     counts = totals(batch)
-    if isinstance(loss, Coupled):
+    if isinstance(loss, PreparedLoss):
         batch = loss.prepare(params, frozen, batch, None)
 
+    read = loss.read if isinstance(loss, CoupledLoss) else loss
+
     def one(_, micro_batch):
-        return None, loss(params, frozen, micro_batch, counts, None)
+        return None, read(params, frozen, micro_batch, counts, None)
 
     _, (values, stacked) = jax.lax.scan(one, None, batch)
-    return {**merge_stacked(stacked), "loss": Mean(values.sum(0) * counts["loss"], counts["loss"])}
+    value, extra = loss.combine(values, batch, counts) if isinstance(loss, CoupledLoss) else (values.sum(0), {})
+    return {**merge_stacked(stacked), **extra, "loss": Mean(value * counts["loss"], counts["loss"])}
 
 
 def merge_stacked(metrics: Metrics) -> Metrics:

@@ -59,7 +59,7 @@ def test_gradients(name):
 @pytest.mark.parametrize("name", PREFERENCE_LOSSES)
 def test_log_ratios_of_a_thousand_stay_finite(name):
     far = jnp.array([1000.0, -1000.0])
-    logps = PreferenceLogps(far, -far, jnp.ones(2), jnp.ones(2))
+    logps = PreferenceLogps(far, -far, jnp.ones(2), jnp.ones(2), far, -far)
     value, grads = jax.value_and_grad(lambda logps: PREFERENCE_LOSSES[name](logps, beta=0.1).sum())(logps)
     assert np.isfinite(value)
     assert all(np.isfinite(grad).all() for grad in grads)
@@ -69,7 +69,7 @@ def test_log_ratios_of_a_thousand_stay_finite(name):
 def test_an_empty_pair_stays_finite(name):
     zeros = jnp.zeros(3)
     value, grads = jax.value_and_grad(lambda logps: PREFERENCE_LOSSES[name](logps, beta=0.1).sum())(
-        PreferenceLogps(*[zeros] * 4)
+        PreferenceLogps(*[zeros] * 6)
     )
     assert np.isfinite(value)
     assert all(np.isfinite(grad).all() for grad in grads)
@@ -79,7 +79,7 @@ def test_a_better_margin_never_costs_more():
     margins = jnp.linspace(-20, 4.9, 50)
     zeros, ones = jnp.zeros(50), jnp.ones(50)
     for name, loss in PREFERENCE_LOSSES.items():
-        assert (np.diff(loss(PreferenceLogps(margins, zeros, ones, ones), beta=0.1)) <= 0).all(), name
+        assert (np.diff(loss(PreferenceLogps(margins, zeros, ones, ones, margins, zeros), beta=0.1)) <= 0).all(), name
 
 
 def test_smoothing_where_there_is_none():

@@ -16,7 +16,7 @@ from jaxalign.methods.common import make_eval_step
 from jaxalign.models import build
 from jaxalign.packing import Document, pack
 from jaxalign.sharding import MeshConfig, make_mesh
-from jaxalign.training.step import Coupled
+from jaxalign.training.step import PreparedLoss
 from tests.layouts import SPARSE, ragged_texts, relative, tiny_model
 from tests.methods.test_layouts import assert_same, gradient, run_preference, run_sft
 
@@ -95,7 +95,7 @@ def test_the_loss_of_each_micro_batch_would_be_another(sparse, wanted):
     batch = sft.make_batch(config, ragged_texts(COUNT), micro_batch_size=1)
     model, variables = sparse
     coupled = sft.make_loss(config, model)
-    assert isinstance(coupled, Coupled)
+    assert isinstance(coupled, PreparedLoss)
     method = SimpleNamespace(make_loss=lambda config, model: coupled.loss, totals=sft.totals)
     alone = gradient(method, config, model, variables, batch)
     assert relative(alone[0], wanted[0]) > 1e-3
@@ -117,7 +117,7 @@ def test_the_coefficient(sparse, wanted):
     blended = jax.tree.map(lambda none, much: none + (much - none) / 3, grads[0.0], grads[0.3])
     assert relative(blended, wanted[0]) < 1e-5 < 1e-3 < relative(grads[0.0], wanted[0])
     dense = tiny_model()[0]
-    assert not isinstance(preference.make_loss(preference.Config(), dense), Coupled)
+    assert not isinstance(preference.make_loss(preference.Config(), dense), PreparedLoss)
     with pytest.raises(ValueError, match=r"router_aux_loss_coef=0\.1, but the model has no experts"):
         preference.make_loss(preference.Config(router_aux_loss_coef=0.1), dense)
 

@@ -14,9 +14,8 @@ import pydantic
 import yaml
 
 from jaxalign.data import DataConfig
-from jaxalign.methods import METHODS
+from jaxalign.methods import METHODS, PRESETS
 from jaxalign.methods.common import is_online, trains_scores
-from jaxalign.methods.grpo import PRESETS
 from jaxalign.sections import (
     CompareSection,
     ExportSection,
@@ -185,7 +184,8 @@ def _stage(name: str, raw: Mapping[str, Any], where: str) -> Stage:
     method = dict(raw.get("method") or {})
     method_name = method.pop("name", None)
     if method_name in PRESETS:
-        method_name, method = "grpo", {**PRESETS[method_name], **method}
+        method_name, settings = PRESETS[method_name]
+        method = {**settings, **method}
     if method_name not in METHODS:
         known = ", ".join(dict.fromkeys([*METHODS, *PRESETS]))
         raise ValueError(f"{where}method.name: {method_name!r} is not a method; known: {known}")

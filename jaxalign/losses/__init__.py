@@ -24,6 +24,7 @@ from jaxalign.losses.aggregation import (
     count_batch,
     spread_by_completion,
 )
+from jaxalign.losses.divergences import DIVERGENCES, MAX_EXPONENT, bounded_exp
 from jaxalign.losses.kl import KL_ESTIMATORS, bias_corrected, prob_ratios, update_kl_coef
 from jaxalign.losses.masking import by_step, count_by_completion, mean_by_completion, ratio, sum_by_completion
 from jaxalign.losses.policy import (
@@ -34,19 +35,40 @@ from jaxalign.losses.policy import (
     clip_metrics,
     policy_options,
 )
-from jaxalign.losses.preference import PREFERENCE_LOSSES, PreferenceLogps
+from jaxalign.losses.preference import (
+    MARGIN_LOSSES,
+    PER_TOKEN,
+    PREFERENCE_LOSSES,
+    PreferenceLogps,
+    preference_options,
+)
+from jaxalign.losses.reference_free import (
+    PER_TOKEN_REWARDS,
+    REFERENCE_FREE_LOSSES,
+    alpha_reward,
+    log1mexp,
+    log_odds,
+    reference_free_options,
+)
 from jaxalign.losses.reward import RankingTerms, bradley_terry, ranking
 from jaxalign.losses.tokens import TokenStatistics, token_logps, token_statistics
 from jaxalign.losses.value import ValueTerms, value_loss
+from jaxalign.losses.weighting import length_weights, policy_weights
 
 __all__ = [
     "ADVANTAGES",
     "AGGREGATIONS",
     "CISPO_BOUNDS",
+    "DIVERGENCES",
     "KL_ESTIMATORS",
+    "MARGIN_LOSSES",
+    "MAX_EXPONENT",
+    "PER_TOKEN",
+    "PER_TOKEN_REWARDS",
     "POLICY_LOSSES",
     "PREFERENCE_LOSSES",
     "RATIO_LEVELS",
+    "REFERENCE_FREE_LOSSES",
     "Aggregation",
     "Counts",
     "PolicyTerms",
@@ -55,8 +77,10 @@ __all__ = [
     "TokenStatistics",
     "ValueTerms",
     "aggregate",
+    "alpha_reward",
     "batch_advantages",
     "bias_corrected",
+    "bounded_exp",
     "bradley_terry",
     "by_step",
     "clip_metrics",
@@ -67,13 +91,19 @@ __all__ = [
     "group_advantages",
     "leave_one_out_advantages",
     "length_mask",
+    "length_weights",
+    "log1mexp",
+    "log_odds",
     "mean_by_completion",
     "normalize_then_sum",
     "overlong_penalty",
     "policy_options",
+    "policy_weights",
+    "preference_options",
     "prob_ratios",
     "ranking",
     "ratio",
+    "reference_free_options",
     "spread_by_completion",
     "sum_by_completion",
     "sum_scores",

@@ -20,12 +20,14 @@ class TokenStatistics(NamedTuple):
       entropy: `-sum_v p log p`, in nats.
       hits: 1 where no token is more probable than the target.
       mean_logits: mean over the vocabulary of the raw logits.
+      log_square_sums: `log sum_v p^2`; None where it was not asked for.
     """
 
     logps: jax.Array
     entropy: jax.Array
     hits: jax.Array
     mean_logits: jax.Array
+    log_square_sums: jax.Array | None = None
 
 
 def gather_sources(hidden: Array, predictions: Predictions) -> jax.Array:
@@ -65,6 +67,7 @@ def token_statistics(
     temperature: float = 1.0,
     chunk: int = 128,
     entropy_gradient: bool = False,
+    square_sums: bool = False,
 ) -> TokenStatistics:
     """Statistics of each prediction; no `[rows, length, vocab]` array exists at any time.
 
@@ -75,6 +78,7 @@ def token_statistics(
       temperature: divides the logits, save for `mean_logits`.
       chunk: predictions per row whose logits exist at once.
       entropy_gradient: let gradients flow through the entropy, for a loss that it is a term of.
+      square_sums: fill `log_square_sums`.
     """
 
     def statistics(part):
@@ -90,7 +94,8 @@ def token_statistics(
         entropy = log_sum - (exps * shifted).sum(-1) / total
         entropy = entropy if entropy_gradient else jax.lax.stop_gradient(entropy)
         hits = jax.lax.stop_gradient(chosen >= most).astype(jnp.float32)
-        return TokenStatistics(taken - log_sum, entropy, hits, jax.lax.stop_gradient(raw).mean(-1))
+        squares = jax.lax.stop_gradient(jnp.log((exps**2).sum(-1)) - 2 * log_sum) if square_sums else None
+        return TokenStatistics(taken - log_sum, entropy, hits, jax.lax.stop_gradient(raw).mean(-1), squares)
 
     return map_chunks(statistics, (gather_sources(hidden, predictions), predictions.targets), chunk=chunk)
 

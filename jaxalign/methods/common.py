@@ -42,12 +42,21 @@ def start(
 
 
 def read(
-    model: Model, variables: Variables, batch: Batch, key: jax.Array | None, chunk: int, *, temperature: float = 1.0
+    model: Model,
+    variables: Variables,
+    batch: Batch,
+    key: jax.Array | None,
+    chunk: int,
+    *,
+    temperature: float = 1.0,
+    square_sums: bool = False,
 ) -> TokenStatistics:
     """Runs the model on a micro-batch and the head where its predictions ask."""
     hidden, _, _ = model.apply(variables, batch.rows, key=key)
     logits = partial(model.logits, variables)
-    return token_statistics(logits, hidden, batch.predictions, temperature=temperature, chunk=chunk)
+    return token_statistics(
+        logits, hidden, batch.predictions, temperature=temperature, chunk=chunk, square_sums=square_sums
+    )
 
 
 def make_logps(model: Model, chunk: int, *, temperature: float = 1.0) -> Callable[[Variables, Batch], jax.Array]:
@@ -60,6 +69,11 @@ def make_logps(model: Model, chunk: int, *, temperature: float = 1.0) -> Callabl
         return jax.lax.map(one, replace(batch, fields={}))
 
     return logps
+
+
+def needs_reference(method: ModuleType, config: Any) -> bool:
+    """Whether a method under this config reads log-probs of a reference, and one has to be loaded."""
+    return method.needs_reference(config)
 
 
 def trains_scores(method: ModuleType) -> bool:

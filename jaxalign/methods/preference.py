@@ -1,101 +1,62 @@
-"""Learning from pairs of a chosen and a rejected completion against a fixed reference: DPO and its family."""
+"""Learning from pairs of a chosen and a rejected completion against a reference: DPO and its family.
+
+Which loss (`loss_type`, or a weighted sum of several), which divergence from the reference (`f_divergence_type`), which
+tokens count (`ld_alpha`) and which pairs (`use_weighting`) combine freely where that means something. `PRESETS` are the
+papers' combinations. Losses without a reference are in `reference_free`.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from jaxalign.losses import PREFERENCE_LOSSES, PreferenceLogps, count_by_completion, sum_by_completion
-from jaxalign.methods import common
+from jaxalign import losses
+from jaxalign.losses import PER_TOKEN, PREFERENCE_LOSSES, PreferenceLogps, TokenStatistics
+from jaxalign.methods import common, pairs
+from jaxalign.methods.preference_config import PRESETS, Config
 from jaxalign.models import Model
 from jaxalign.packing import Document
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import LossFn, Step, Totals
 from jaxalign.training.step import make_step as make_training_step
-from jaxalign.types import Array, Batch, Metrics, Variables
+from jaxalign.types import Array, Batch, Metric, Variables
+
+__all__ = ["PRESETS", "Config", "init", "make_batch", "make_loss", "make_reference", "make_step"]
 
 KIND = "preference"
 COMPLETIONS = 2
-NEEDS_REFERENCE = True
 LEARNING_RATE = 1e-6
 
+count_tokens = pairs.count_tokens
+totals = pairs.totals
 
-@dataclass(frozen=True)
-class Config:
-    """Preference optimisation.
 
-    Attributes:
-      loss_type: key in `PREFERENCE_LOSSES`.
-      beta: inverse strength of the KL penalty.
-      label_smoothing: probability that a label is wrong; `sigmoid` only.
-      disable_dropout: no dropout even if the model's config has some.
-      precompute_ref_log_probs: run the reference once over the data set before training and cache what it says on disk,
-        instead of keeping it in memory and running it on every batch.
-      share_prompt: compute the prompt once for both completions.
-      logits_chunk: predictions per row whose logits exist at once.
-    """
-
-    loss_type: str = "sigmoid"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    disable_dropout: bool = True
-    precompute_ref_log_probs: bool = False
-    share_prompt: bool = True
-    logits_chunk: int = 128
-
-    def __post_init__(self):
-        """Raises ValueError on settings that have no meaning."""
-        if self.loss_type not in PREFERENCE_LOSSES:
-            raise ValueError(f"loss_type {self.loss_type!r} is unknown; known: {', '.join(PREFERENCE_LOSSES)}")
-        if self.beta <= 0:
-            raise ValueError(f"beta={self.beta} must be greater than 0")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing={self.label_smoothing} must lie in [0, 0.5)")
-        if self.label_smoothing and self.loss_type != "sigmoid":
-            raise ValueError(f"loss_type {self.loss_type!r} has no label smoothing: set label_smoothing to 0")
+def needs_reference(config: Config) -> bool:
+    """Whether log-probs of a reference enter: always, into the metrics if not into the loss."""
+    del config
+    return True
 
 
 def to_document(config: Config, example: common.Example) -> Document:
-    """The prompt as trunk, the chosen and the rejected completion as its branches.
-
-    Args:
-      config: the method's.
-      example: `prompt_ids`, `chosen_ids`, `rejected_ids` int32, the completions ending as they should be learned (with
-        EOS); with a precomputed reference `ref_chosen_logps` and `ref_rejected_logps`, float32 per token.
-    """
+    """The pair's prompt, chosen and rejected completion, see `pairs.to_document`."""
     del config
-    branches = tuple(np.asarray(example[name], np.int32) for name in ("chosen_ids", "rejected_ids"))
-    fields = {}
-    if "ref_chosen_logps" in example:
-        fields["ref_logps"] = tuple(
-            np.asarray(example[name], np.float32) for name in ("ref_chosen_logps", "ref_rejected_logps")
-        )
-    return Document(np.asarray(example["prompt_ids"], np.int32), branches, fields=fields)
-
-
-def count_tokens(example: common.Example) -> int:
-    """Tokens of an example as `num_tokens` counts them: the prompt with each completion."""
-    return 2 * len(example["prompt_ids"]) + len(example["chosen_ids"]) + len(example["rejected_ids"])
-
-
-def totals(batch: Batch) -> Totals:
-    """The loss's denominator: pairs of the global batch."""
-    return {"loss": batch.present[..., 0::2].sum()}
+    return pairs.to_document(example)
 
 
 def make_loss(config: Config, model: Model, *, temperature: float = 1.0) -> LossFn:
-    """The loss of a micro-batch that carries `ref_logps`: the sum over its pairs / pairs of the global batch."""
-    preference_loss = partial(
-        PREFERENCE_LOSSES[config.loss_type], beta=config.beta, label_smoothing=config.label_smoothing
-    )
+    """The loss of a micro-batch that carries `ref_logps`: per loss, the sum over its pairs / pairs of the global batch.
+
+    `sft` is a mean over the chosen tokens of the global batch instead.
+    """
+    terms = _terms(config)
+    diverge = partial(losses.DIVERGENCES[config.f_divergence_type], alpha=config.f_alpha_divergence_coef)
 
     def loss(params: Variables, frozen: Variables, batch: Batch, totals: Totals, key: jax.Array | None):
         if "ref_logps" not in batch.fields:
@@ -104,15 +65,22 @@ def make_loss(config: Config, model: Model, *, temperature: float = 1.0) -> Loss
             )
         key = None if config.disable_dropout else key
         variables, chunk = common.join_variables(params, frozen), config.logits_chunk
-        tokens = common.read(model, variables, batch, key, chunk, temperature=temperature)
-        completions, n = batch.predictions.completions, batch.present.shape[0]
-        # Differenced per token before summing: the sums are large and nearly equal.
-        log_ratios = sum_by_completion(tokens.logps - batch.fields["ref_logps"], completions, n)
-        lengths = count_by_completion(completions, n)
-        pairs = PreferenceLogps(log_ratios[0::2], log_ratios[1::2], lengths[0::2], lengths[1::2])
-        present = batch.present[0::2]
-        value = jnp.where(present > 0, preference_loss(pairs), 0).sum() / jnp.maximum(totals["loss"], 1)
-        return value, _metrics(config, batch, tokens, pairs, present)
+        tokens = common.read(
+            model, variables, batch, key, chunk, temperature=temperature, square_sums=config.use_weighting
+        )
+        pair, logps = _sum_up(config, tokens, batch)
+        scored = pair._replace(
+            chosen_log_ratios=diverge(pair.chosen_log_ratios), rejected_log_ratios=diverge(pair.rejected_log_ratios)
+        )
+        present = weights = batch.present[0::2]
+        if tokens.log_square_sums is not None:
+            completions, n = batch.predictions.completions, batch.present.shape[0]
+            weights = losses.policy_weights(tokens.logps, tokens.log_square_sums, completions, n)
+        summed = [
+            (weight * jnp.where(present > 0, weights * term(scored), 0).sum(), count) for weight, count, term in terms
+        ]
+        value = sum(total / jnp.maximum(totals[count], 1) for total, count in summed)
+        return value, _metrics(config, batch, tokens, pair, logps) | {"loss": pairs.loss_metric(summed, batch)}
 
     return loss
 
@@ -147,28 +115,44 @@ def make_step(
     return make_training_step(make_loss(config, model), totals, optimizer, learning_rate)
 
 
-def make_batch(config: Config, pairs: Sequence[common.Example], **layout: Any) -> Batch:
-    """Packs pairs (see `to_document`) into a batch; `layout` as `packing.pack`."""
-    return common.pack_examples(sys.modules[__name__], config, pairs, **layout)
+def make_batch(config: Config, examples: Sequence[common.Example], **layout: Any) -> Batch:
+    """Packs pairs (see `pairs.to_document`) into a batch; `layout` as `packing.pack`."""
+    return common.pack_examples(sys.modules[__name__], config, examples, **layout)
 
 
-def _metrics(config: Config, batch: Batch, tokens, pairs: PreferenceLogps, present: Array) -> Metrics:
+def _terms(config: Config) -> list[tuple[float, str, Callable[[PreferenceLogps], jax.Array]]]:
+    """Per loss its weight, its key in the totals, and the loss with its options."""
+    weights = config.loss_weights or (1.0,) * len(config.loss_types)
+    found = []
+    for name, weight in zip(config.loss_types, weights, strict=True):
+        options = {option: getattr(config, option) for option in losses.preference_options(name)}
+        count = "tokens" if name in PER_TOKEN else "loss"
+        found.append((weight, count, partial(PREFERENCE_LOSSES[name], **options)))
+    return found
+
+
+def _sum_up(config: Config, tokens: TokenStatistics, batch: Batch) -> tuple[PreferenceLogps, Array]:
+    """What the losses look at, and `[completions]` log-probs for the metrics."""
     completions, n = batch.predictions.completions, batch.present.shape[0]
-    chosen = ((completions >= 0) & (completions % 2 == 0)).astype(jnp.float32)
-    rejected = ((completions >= 0) & (completions % 2 == 1)).astype(jnp.float32)
-    logps = sum_by_completion(tokens.logps, completions, n)
-    chosen_rewards = config.beta * pairs.chosen_log_ratios
-    rejected_rewards = config.beta * pairs.rejected_log_ratios
+    lengths = losses.count_by_completion(completions, n)
+    # Differenced per token before summing: the sums are large and nearly equal.
+    differences, logps = tokens.logps - batch.fields["ref_logps"], tokens.logps
+    plain = losses.sum_by_completion(logps, completions, n)
+    if config.ld_alpha is not None:
+        weights = losses.length_weights(completions, batch.predictions.steps, lengths, config.ld_alpha)
+        differences, logps = differences * weights, logps * weights
+    ratios = losses.sum_by_completion(differences, completions, n)
+    pair = PreferenceLogps(ratios[0::2], ratios[1::2], lengths[0::2], lengths[1::2], plain[0::2])
+    return pair, losses.sum_by_completion(logps, completions, n)
+
+
+def _metrics(
+    config: Config, batch: Batch, tokens: TokenStatistics, pair: PreferenceLogps, logps: Array
+) -> dict[str, Metric]:
+    """Rewards are of log-ratios, whatever divergence the loss is taken of; under LD-DPO sums are weighted, as TRL's."""
+    chosen, rejected = config.beta * pair.chosen_log_ratios, config.beta * pair.rejected_log_ratios
     metrics = {
-        "rewards/chosen": common.masked_mean(chosen_rewards, present),
-        "rewards/rejected": common.masked_mean(rejected_rewards, present),
-        "rewards/accuracies": common.masked_mean((chosen_rewards > rejected_rewards).astype(jnp.float32), present),
-        "rewards/margins": common.masked_mean(chosen_rewards - rejected_rewards, present),
-        "logps/chosen": common.masked_mean(logps[0::2], present),
-        "logps/rejected": common.masked_mean(logps[1::2], present),
-        "logits/chosen": common.masked_mean(tokens.mean_logits, chosen),
-        "logits/rejected": common.masked_mean(tokens.mean_logits, rejected),
-        "entropy": common.masked_mean(tokens.entropy, chosen + rejected),
-        "mean_token_accuracy": common.masked_mean(tokens.hits, chosen),
+        **pairs.reward_metrics(chosen, rejected, batch.present[0::2]),
+        **pairs.token_metrics(tokens, logps, batch),
     }
     return jax.lax.stop_gradient(metrics)

@@ -22,7 +22,6 @@ from jaxalign.types import Array, Batch, Variables
 
 KIND = "sft"
 COMPLETIONS = 1
-NEEDS_REFERENCE = False
 LEARNING_RATE = 2e-5
 
 
@@ -37,6 +36,12 @@ class Config:
 
     disable_dropout: bool = False
     logits_chunk: int = 128
+
+
+def needs_reference(config: Config) -> bool:
+    """Whether log-probs of a reference enter: never."""
+    del config
+    return False
 
 
 def to_document(config: Config, example: common.Example) -> Document:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ import jax
 from jaxalign import data, models
 from jaxalign.config import Stage
 from jaxalign.methods import METHODS
-from jaxalign.methods.common import is_online, make_eval_step, split_variables
+from jaxalign.methods.common import is_online, make_eval_step, needs_reference, split_variables
 from jaxalign.methods.offline import ExampleList, OfflineSource, make_batches
 from jaxalign.run.inputs import Say, attach_reference, load_policy
 from jaxalign.run.online import load_scoring, make_judge
@@ -36,11 +35,11 @@ def evaluate_stage(stage: Stage, path: str | None, *, say: Say) -> dict[str, flo
         ready = prepare(stage)
         judge = make_judge(ready, load_scoring(ready), ready.data.eval or ready.data.train)
         return Interval().add(judge(load_policy(ready, path or stage.model.path))).values()
-    if METHODS[stage.method_name].NEEDS_REFERENCE:
+    if needs_reference(METHODS[stage.method_name], stage.method):
         stage = replace(stage, method=replace(stage.method, precompute_ref_log_probs=False))
     ready = prepare(stage)
     load = functools.cache(functools.partial(load_policy, ready))
-    examples = attach_reference(ready, Path(), load, say)
+    examples = attach_reference(ready, load, say)
     policy = load(path or stage.model.path)
     judged, lookup = ready.data.train, examples.train
     if ready.data.eval is not None and examples.eval is not None:

@@ -14,7 +14,8 @@ import jax
 
 from jaxalign import evaluation, models, sampling
 from jaxalign.config import Stage
-from jaxalign.methods.common import has_critic, is_online, join_variables
+from jaxalign.methods.common import has_critic, is_online, join_variables, needs_reference
+from jaxalign.methods.moving_reference import FollowingSource
 from jaxalign.methods.offline import OfflineSource, make_source
 from jaxalign.methods.online import OnlineSource
 from jaxalign.models.config import forward_flops
@@ -134,7 +135,7 @@ def last_metrics(folder: Path) -> dict[str, float]:
 class _Pieces:
     """What the loop works with, made once the state is there."""
 
-    source: OfflineSource | OnlineSource
+    source: OfflineSource | FollowingSource | OnlineSource
     evaluate: loop.Evaluate | None
     on_sample: Callable[[], loop.OnSample]
 
@@ -169,7 +170,7 @@ def _train(
     stage = ready.stage
     optimizer, schedule = make_optimizer(stage.optimizer, ready.num_steps)
     key = jax.random.key(stage.train.seed)
-    begin = (_online if is_online(ready.method) else _offline)(ready, folder, key, say)
+    begin = (_online if is_online(ready.method) else _offline)(ready, key, say)
     init = functools.partial(ready.method.init, stage.method, begin.model, optimizer=optimizer, key=key)
     shapes = jax.eval_shape(init, begin.shapes)
     shardings = param_shardings(ready.mesh, shapes)
@@ -214,26 +215,26 @@ def _train(
         )
 
 
-def _offline(ready: Prepared, folder: Path, key: jax.Array, say: Say) -> _Start:
+def _offline(ready: Prepared, key: jax.Array, say: Say) -> _Start:
     """A stage that learns from a data set."""
     stage = ready.stage
     load = functools.cache(functools.partial(load_policy, ready))
-    examples = attach_reference(ready, folder, load, say)
+    examples = attach_reference(ready, load, say)
 
     def pieces(frozen: Variables) -> _Pieces:
         load.cache_clear()
         source = _make_source(ready, examples)
         return _Pieces(source, _make_evaluate(ready, examples, frozen), lambda: _make_on_sample(ready, frozen))
 
-    # A live reference may be these very variables.
-    shared = examples.fill is not None and stage.model.reference in (None, stage.model.path)
+    # A live reference may be these very variables; one that moves has a copy.
+    live = examples.fill is not None and examples.moving is None
+    shared = live and stage.model.reference in (None, stage.model.path)
     shapes = jax.eval_shape(ready.model.init, key)
     return _Start(ready.model, shapes, lambda: load(stage.model.path), shared, pieces)
 
 
-def _online(ready: Prepared, folder: Path, key: jax.Array, say: Say) -> _Start:
+def _online(ready: Prepared, key: jax.Array, say: Say) -> _Start:
     """A stage that learns from its own completions."""
-    del folder
     stage, method = ready.stage, ready.method
     load = functools.cache(functools.partial(load_policy, ready))
     scoring = load_scoring(ready)
@@ -246,22 +247,28 @@ def _online(ready: Prepared, folder: Path, key: jax.Array, say: Say) -> _Start:
         evaluate = make_online_evaluate(ready, scoring, frozen)
         return _Pieces(source, evaluate, lambda: make_online_samples(ready, scoring, source))
 
-    if method.needs_reference(stage.method):
+    if needs_reference(method, stage.method):
         say(f"{stage.name or stage.method_name}: reference from {stage.model.reference or stage.model.path}")
-    shared = method.needs_reference(stage.method)
+    shared = needs_reference(method, stage.method)
     return _Start(trained.model, trained.shapes, trained.load, shared, pieces)
 
 
 def _make_evaluate(ready: Prepared, examples: Examples, frozen: Variables) -> loop.Evaluate | None:
     if examples.eval is None or ready.data.eval is None:
         return None
-    evaluate = make_evaluate(ready, examples.eval, ready.data.eval, examples.fill)
-    return lambda state: evaluate(state.params, frozen)
+    judge = make_evaluate(ready, examples.eval, ready.data.eval, examples.fill)
+
+    def evaluate(state: Any) -> Mapping[str, Any]:
+        if examples.moving is not None:
+            examples.moving.follow(int(state.step), state.params)
+        return judge(state.params, frozen)
+
+    return evaluate
 
 
-def _make_source(ready: Prepared, examples: Examples) -> OfflineSource:
+def _make_source(ready: Prepared, examples: Examples) -> OfflineSource | FollowingSource:
     data, train = ready.stage.data, ready.stage.train
-    return make_source(
+    source = make_source(
         ready.method,
         ready.stage.method,
         ready.data.train,
@@ -274,6 +281,7 @@ def _make_source(ready: Prepared, examples: Examples) -> OfflineSource:
         shuffle=data.shuffle,
         prefetch=train.prefetch,
     )
+    return source if examples.moving is None else FollowingSource(source, examples.moving)
 
 
 def _loop_config(ready: Prepared) -> loop.Config:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxalign.training.state import TrainState
-from jaxalign.types import Array, Batch, Max, Mean, Metric, Metrics, Min, PyTree
+from jaxalign.types import Array, Batch, Max, Mean, Metric, Metrics, Min, PyTree, Sum
 
 Totals = Mapping[str, Array]
 LossFn = Callable[[PyTree, PyTree, Batch, Totals, jax.Array | None], tuple[jax.Array, Metrics]]
@@ -82,6 +82,7 @@ def evaluate(loss: LossFn, totals: TotalsFn, params: PyTree, frozen: PyTree, bat
     """Loss and metrics of a batch without gradients or noise.
 
     `loss` is a mean weighted by the batch's `totals["loss"]`: those of several batches merge to that of all together.
+    A loss whose terms have denominators of their own gives a metric `loss` itself (a `Sum`), which merges so too.
     """
     counts = totals(batch)
 
@@ -89,7 +90,7 @@ def evaluate(loss: LossFn, totals: TotalsFn, params: PyTree, frozen: PyTree, bat
         return None, loss(params, frozen, micro_batch, counts, None)
 
     _, (values, stacked) = jax.lax.scan(one, None, batch)
-    return {**merge_stacked(stacked), "loss": Mean(values.sum(0) * counts["loss"], counts["loss"])}
+    return {"loss": Mean(values.sum(0) * counts["loss"], counts["loss"]), **merge_stacked(stacked)}
 
 
 def merge_stacked(metrics: Metrics) -> Metrics:
@@ -99,8 +100,14 @@ def merge_stacked(metrics: Metrics) -> Metrics:
 
 def _merge_stacked(metric: Metric) -> Metric:
     if isinstance(metric, Mean):
-        return Mean(jnp.sum(metric.total, 0), jnp.sum(metric.weight, 0))
+        return _sum_up(metric)
+    if isinstance(metric, Sum):
+        return Sum(tuple(_sum_up(part) for part in metric.parts))
     return Min(jnp.min(metric.least, 0)) if isinstance(metric, Min) else Max(jnp.max(metric.most, 0))
+
+
+def _sum_up(metric: Mean) -> Mean:
+    return Mean(jnp.sum(metric.total, 0), jnp.sum(metric.weight, 0))
 
 
 def _once(value: Array) -> Mean:

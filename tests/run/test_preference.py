@@ -1,6 +1,7 @@
 """Every preference loss and preset takes a step from a config, the policy loaded once; TR-DPO resumes exactly."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import jax
@@ -28,11 +29,15 @@ OTHERS = {
 
 
 @pytest.fixture
-def quick(settings, monkeypatch, tmp_path):
-    """One step on one device, compiled without much ado."""
+def alone(monkeypatch):
+    """One device, for which programs compile faster than for a mesh."""
     one = jax.devices()[:1]
-    monkeypatch.setattr("jaxalign.run.prepare.make_mesh", lambda config: make_mesh(config, one))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(import_module("jaxalign.run.prepare"), "make_mesh", lambda config: make_mesh(config, one))
+
+
+@pytest.fixture
+def quick(settings, alone):
+    """One step."""
     settings["data"] |= {"split": "train[:4]", "eval_ratio": None}
     settings["train"] = {"batch_size": 4, "max_steps": 1}
     settings["log"] = {"logging_steps": 1}
@@ -75,7 +80,7 @@ class Killed(Exception):
     """In place of a signal."""
 
 
-def test_tr_dpo_resumes_exactly(settings, monkeypatch):
+def test_tr_dpo_resumes_exactly(settings, alone, monkeypatch):
     """The reference moves after steps 2, 4 and 6; the run is killed before its sixth batch, checkpointed at 3."""
     settings["method"] = {"name": "tr_dpo", "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.7}
     settings["log"]["logging_steps"] = 1

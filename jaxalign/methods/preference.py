@@ -73,7 +73,7 @@ def make_loss(config: Config, model: Model, *, temperature: float = 1.0) -> Loss
             chosen_log_ratios=diverge(pair.chosen_log_ratios), rejected_log_ratios=diverge(pair.rejected_log_ratios)
         )
         present = weights = batch.present[0::2]
-        if tokens.log_square_sums is not None:
+        if config.use_weighting and tokens.log_square_sums is not None:
             completions, n = batch.predictions.completions, batch.present.shape[0]
             weights = losses.policy_weights(tokens.logps, tokens.log_square_sums, completions, n)
         summed = [

@@ -36,7 +36,8 @@ def evaluate_stage(stage: Stage, path: str | None, *, say: Say) -> dict[str, flo
         judge = make_judge(ready, load_scoring(ready), ready.data.eval or ready.data.train)
         return Interval().add(judge(load_policy(ready, path or stage.model.path))).values()
     if needs_reference(METHODS[stage.method_name], stage.method):
-        stage = replace(stage, method=replace(stage.method, precompute_ref_log_probs=False))
+        method = replace(stage.method, precompute_ref_log_probs=False)
+        stage = replace(stage, method=method, model=replace(stage.model, reference_cache=None))
     ready = prepare(stage)
     load = functools.cache(functools.partial(load_policy, ready))
     examples = attach_reference(ready, load, say)

@@ -66,7 +66,7 @@ def load_policy(ready: Prepared, path: str) -> Variables:
 def reference_folder(stage: Stage) -> Path:
     """Where log-probs of references are kept: `model.reference_cache`, or below the user's cache folder."""
     if stage.model.reference_cache is not None:
-        return Path(stage.model.reference_cache)
+        return Path(stage.model.reference_cache).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxalign" / "reference"
 
 

@@ -76,6 +76,24 @@ def test_it_takes_a_step(name, quick, tiny, monkeypatch):
     assert len(loaded) == 3  # the policy once, whatever the reference, and the two above
 
 
+MISPLACED = {
+    "a cache of nothing": ("dpo", {"reference_cache": "x"}, r"model\.reference_cache: nothing is kept there without"),
+    "a reference that nobody reads": (
+        "simpo",
+        {"reference": "x"},
+        r"model\.reference: the method reference_free has no",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MISPLACED)
+def test_misplaced_settings(kind, quick):
+    quick["method"], model, message = {"name": MISPLACED[kind][0]}, *MISPLACED[kind][1:]
+    quick["model"] |= model
+    with pytest.raises(ValueError, match=message):
+        run(parse_config(quick))
+
+
 class Killed(Exception):
     """In place of a signal."""
 

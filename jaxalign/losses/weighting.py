@@ -28,7 +28,7 @@ def length_weights(completions: Array, steps: Array, lengths: Array, ld_alpha: f
     lengths = jnp.asarray(lengths)
     shared = jnp.repeat(jnp.minimum(lengths[0::2], lengths[1::2]), 2)
     within = steps < shared[jnp.clip(completions, 0, len(shared) - 1)]
-    return jnp.where(within, 1, ld_alpha).astype(lengths.dtype)
+    return jnp.where(within, 1.0, ld_alpha)
 
 
 def policy_weights(token_logps: Array, log_square_sums: Array, completions: Array, n: int) -> jax.Array:

@@ -79,7 +79,7 @@ def make_loss(config: Config, model: Model, *, temperature: float = 1.0) -> Loss
         summed = [
             (weight * jnp.where(present > 0, weights * term(scored), 0).sum(), count) for weight, count, term in terms
         ]
-        value = sum(total / jnp.maximum(totals[count], 1) for total, count in summed)
+        value = jnp.stack([total / jnp.maximum(totals[count], 1) for total, count in summed]).sum()
         return value, _metrics(config, batch, tokens, pair, logps) | {"loss": pairs.loss_metric(summed, batch)}
 
     return loss

@@ -141,8 +141,9 @@ def test_extreme_log_ratios_stay_finite(name, kind, length):
     options = noisy(name) | ({"discopop_tau": 2.0} if name == "discopop" else {})
 
     def total(a, b, logps):
-        scores = (DIVERGENCES[kind](x, alpha=0.5) for x in (a, b))
-        return PREFERENCE_LOSSES[name](PreferenceLogps(*scores, lengths, lengths, logps), beta=0.1, **options).sum()
+        chosen, rejected = (DIVERGENCES[kind](x, alpha=0.5) for x in (a, b))
+        pairs = PreferenceLogps(chosen, rejected, lengths, lengths, logps)
+        return PREFERENCE_LOSSES[name](pairs, beta=0.1, **options).sum()
 
     value, grads = jax.value_and_grad(total, (0, 1, 2))(*GRID, GRID[0])
     assert np.isfinite(value)
@@ -153,7 +154,7 @@ def test_extreme_log_ratios_stay_finite(name, kind, length):
 
 @pytest.mark.parametrize("name", PREFERENCE_LOSSES)
 def test_no_pairs_cost_nothing(name):
-    assert PREFERENCE_LOSSES[name](PreferenceLogps(*[jnp.zeros(0)] * 5), beta=0.1, **noisy(name)).shape == (0,)
+    assert PREFERENCE_LOSSES[name](PreferenceLogps(*(jnp.zeros((5, 0)))), beta=0.1, **noisy(name)).shape == (0,)
 
 
 # What grows with the margin alone never costs more; the squares' target and discopop's bump near 0 lie elsewhere.

@@ -1,5 +1,7 @@
 """TR-DPO's reference: when it follows, what it becomes, and that a resumed one is the same."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,10 +15,9 @@ def variables(value):
     return {"params": {"w": jnp.full((2,), value, jnp.float32)}}
 
 
-def made():
-    return MovingReference(
-        lambda held, batch: (batch, float(held["params"]["w"][0])), variables(1.0), alpha=0.25, every=3
-    )
+def made() -> Any:
+    fill: Any = lambda held, batch: (batch, float(held["params"]["w"][0]))  # noqa: E731
+    return MovingReference(fill, variables(1.0), alpha=0.25, every=3)
 
 
 def test_it_follows_when_due_and_once():
@@ -35,7 +36,8 @@ def test_it_follows_when_due_and_once():
 
 def test_what_it_was_given_stays():
     start, policy = variables(1.0), variables(9.0)
-    moving = MovingReference(lambda held, batch: held, start, alpha=1.0, every=1)
+    fill: Any = lambda held, batch: held  # noqa: E731
+    moving = MovingReference(fill, start, alpha=1.0, every=1)
     moving.follow(1, policy)
     moving.follow(2, variables(4.0))
     assert float(start["params"]["w"][0]) == 1 and float(policy["params"]["w"][0]) == 9

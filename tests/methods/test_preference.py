@@ -144,7 +144,8 @@ def test_orpo(case):
 @pytest.mark.parametrize("loss_type", ["sigmoid", "simpo"])
 def test_cpo_and_alphapo(case, loss_type):
     """CPO of sums; SimPO of means whose reward AlphaPO bends. The likelihood is of the chosen completion alone."""
-    settings = {"sigmoid": {"cpo_alpha": 0.5}, "simpo": {"alpha": 0.25, "simpo_gamma": 0.3}}[loss_type]
+    options: dict[str, dict[str, Any]] = {"sigmoid": {"cpo_alpha": 0.5}, "simpo": {"alpha": 0.25, "simpo_gamma": 0.3}}
+    settings = options[loss_type]
     config = reference_free.Config(loss_type=loss_type, beta=0.05, **settings)
     pairs, rewards, nll, tokens = [], [], 0.0, 0
     for policy, _ in case[3]:

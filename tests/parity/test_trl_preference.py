@@ -278,6 +278,7 @@ def test_tr_dpo_mixes_as_trl_does():
     for module, weight in zip(theirs, (policy, reference), strict=True):
         module.weight.data = torch.tensor(weight)
     SyncRefModelCallback._sync_target_model(*theirs, 0.6)
-    moving = MovingReference(lambda variables, batch: variables, {"w": jnp.asarray(reference)}, alpha=0.6, every=2)
+    fill: Any = lambda variables, batch: batch  # noqa: E731
+    moving = MovingReference(fill, {"w": jnp.asarray(reference)}, alpha=0.6, every=2)
     moving.follow(2, {"w": jnp.asarray(policy)})
     np.testing.assert_allclose(moving.state()["variables"]["w"], theirs[1].weight.detach().numpy(), rtol=1e-6)

@@ -13,7 +13,7 @@ from jaxalign.config import parse_config
 from jaxalign.losses import PREFERENCE_LOSSES, REFERENCE_FREE_LOSSES
 from jaxalign.methods import METHODS, PRESETS
 from jaxalign.methods.moving_reference import FollowingSource
-from jaxalign.run import run
+from jaxalign.run import RunResult, run
 from jaxalign.sharding import make_mesh
 from jaxalign.training.loop import TIMINGS
 
@@ -45,6 +45,12 @@ def quick(settings, alone):
     return settings
 
 
+def export_of(result: RunResult) -> Path:
+    export = result.stages[0].export
+    assert export is not None
+    return export
+
+
 def lines(folder: Path) -> list[dict]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in record.items() if name not in TIMINGS} for record in records]
@@ -71,7 +77,7 @@ def test_it_takes_a_step(name, quick, tiny, monkeypatch):
     result = run(parse_config(quick))
     (line,) = (line for line in lines(result.folder) if "loss" in line)
     assert np.isfinite(line["loss"]) and line["grad_norm"] > 1e-6
-    before, after = (models.load(path)[1]["params"] for path in (tiny, result.stages[0].export))
+    before, after = (models.load(path)[1]["params"] for path in (tiny, export_of(result)))
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
     assert len(loaded) == 3  # the policy once, whatever the reference, and the two above
 
@@ -117,7 +123,7 @@ def test_tr_dpo_resumes_exactly(settings, alone, monkeypatch):
         run(parse_config({**settings, "name": "killed"}))
     resumed = run(parse_config({**settings, "name": "killed"}))
     assert lines(resumed.folder) == lines(whole.folder)
-    exports = [(each.stages[0].export / "model.safetensors").read_bytes() for each in (whole, resumed, still)]
+    exports = [(export_of(each) / "model.safetensors").read_bytes() for each in (whole, resumed, still)]
     assert exports[0] == exports[1] != exports[2]
     # Evaluation at step 4 is against the reference as it has just become: rewards jump towards 0.
     found = [next(line for line in lines(each.folder) if "eval_loss" in line) for each in (whole, still)]

@@ -14,7 +14,7 @@ import pydantic
 import yaml
 
 from jaxalign.data import DataConfig, Filters, MixturePart
-from jaxalign.methods import METHODS
+from jaxalign.methods import METHODS, PRESETS
 from jaxalign.methods.common import is_online, trains_scores
 from jaxalign.sections import (
     CompareSection,
@@ -69,12 +69,6 @@ FOREIGN_NAMES = {
 }
 
 
-# What a method is also called with some of its settings: name -> (method, settings).
-PRESETS = {
-    preset: (name, settings)
-    for name, method in METHODS.items()
-    for preset, settings in getattr(method, "PRESETS", {}).items()
-}
 # What a later stage may name of an earlier one: `<stage>.policy`, of a reward stage `<stage>.reward`; it is the export.
 OUTPUTS = ("policy", "reward")
 SECTIONS: dict[str, type] = {

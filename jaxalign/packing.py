@@ -18,7 +18,8 @@ class Document:
     Attributes:
       trunk: int32 `[trunk tokens]`, a prompt, or a whole plain document.
       branches: int32 `[tokens]` each, the completions of the trunk; every token of a branch is a target.
-      targets: bool `[trunk tokens]`, which trunk tokens are targets when there are no branches; index 0 never is.
+      targets: bool `[trunk tokens]`, which trunk tokens are targets; index 0 never is. None where there are branches:
+        no token of the prompt is. Else the prompt's predictions get a completion number of their own, see `build`.
       fields: values per target by name, one float32 array per completion.
       numbers: a number per completion by name.
       read_last: the completions are read, not predicted: each lies in the row whole, and its one prediction has its
@@ -73,9 +74,9 @@ def measure(
 ) -> Piece:
     """The piece of a document with shared prompt, from lengths: of branches, or up to a plain trunk's last target."""
     if branches and read_last:
-        return Piece(trunk + sum(branches), len(branches), len(branches))
+        return Piece(trunk + sum(branches), len(branches) + targets, len(branches))
     if branches:
-        return Piece(trunk + sum(max(n - 1, 0) for n in branches), sum(branches), len(branches))
+        return Piece(trunk + sum(max(n - 1, 0) for n in branches), sum(branches) + targets, len(branches))
     return Piece(last_target, targets)
 
 
@@ -83,14 +84,15 @@ def measure_document(document: Document) -> Piece:
     """The piece of a document with shared prompt."""
     if document.branches:
         sizes = [len(branch) for branch in document.branches]
-        return measure(len(document.trunk), sizes, read_last=document.read_last)
+        return measure(len(document.trunk), sizes, targets=_prompt_targets(document), read_last=document.read_last)
     wanted = np.flatnonzero(_trunk_targets(document))
     return measure(len(document.trunk), (), int(wanted[-1]) if len(wanted) else 0, len(wanted))
 
 
-def unshare(trunk: int, branches: Sequence[int], *, read_last: bool = False) -> list[Piece]:
-    """The pieces when every completion gets its own copy of the prompt."""
-    return [measure(trunk, [n], read_last=read_last) for n in branches]
+def unshare(trunk: int, branches: Sequence[int], targets: int = 0, *, read_last: bool = False) -> list[Piece]:
+    """The pieces when every completion gets its own copy of the prompt, the first with its targets."""
+    wanted = [targets] + [0] * len(branches)
+    return [measure(trunk, [n], targets=wanted[i], read_last=read_last) for i, n in enumerate(branches)]
 
 
 def bucket(n: int, multiple: int = 1) -> int:
@@ -172,7 +174,8 @@ def build(
       plan: of the global batch.
       documents: by their index in the global batch; those of other processes are looked up for their `numbers` alone.
       micro_batch_size: documents per micro-batch, as planned.
-      completions: most completions of a document; number k of a micro-batch's document i is `i * completions + k`.
+      completions: most completions of a document; number k of a micro-batch's document i is `i * completions + k`,
+        and that of its prompt, where prompts have targets, `micro_batch_size * completions + i`.
       process: which process's rows to build.
 
     Returns:
@@ -195,7 +198,9 @@ def build(
         for r, row in enumerate(per_process[process]):
             start = asked = 0
             for number, (index, branch) in enumerate(row, 1):
-                piece = _lay_out(documents[index], branch, (index % micro_batch_size) * completions)
+                local = index % micro_batch_size
+                prompt = micro_batch_size * completions + local
+                piece = _lay_out(documents[index], branch, local * completions, prompt)
                 size, wanted = len(piece["tokens"]), len(piece["targets"])
                 for name, values in rows.items():
                     values[m, r, start : start + size] = number if name == "documents" else piece[name]
@@ -240,7 +245,7 @@ def pieces_of(document: Document, share_prompt: bool) -> list[Piece]:
     """The pieces of a document, in branch order when the prompt is not shared."""
     if document.branches and not share_prompt:
         sizes = [len(branch) for branch in document.branches]
-        return unshare(len(document.trunk), sizes, read_last=document.read_last)
+        return unshare(len(document.trunk), sizes, _prompt_targets(document), read_last=document.read_last)
     return [measure_document(document)]
 
 
@@ -303,6 +308,11 @@ def _trunk_targets(document: Document) -> np.ndarray:
     return document.targets
 
 
+def _prompt_targets(document: Document) -> int:
+    """Targets among the trunk's tokens, in a document with branches."""
+    return 0 if document.targets is None else int(_trunk_targets(document).sum())
+
+
 def _names(members: Sequence[int], pieces: Sequence[Sequence[Piece]]) -> list[tuple[int, int]]:
     return [(i, b if len(pieces[i]) > 1 else -1) for i in members for b in range(len(pieces[i]))]
 
@@ -311,7 +321,7 @@ def _piece(pieces: Sequence[Sequence[Piece]], name: tuple[int, int]) -> Piece:
     return pieces[name[0]][max(name[1], 0)]
 
 
-def _lay_out(document: Document, branch: int, first_completion: int) -> dict:
+def _lay_out(document: Document, branch: int, first_completion: int, prompt: int) -> dict:
     if not document.branches:
         return _lay_out_trunk(document, first_completion)
     chosen = range(len(document.branches)) if branch < 0 else [branch]
@@ -337,8 +347,18 @@ def _lay_out(document: Document, branch: int, first_completion: int) -> dict:
         asked["completions"].append(np.full(len(targets), first_completion + b))
         asked["steps"].append(np.arange(len(targets)))
         start += size
+    extra = 0
+    if document.targets is not None and 0 in chosen:
+        wanted = np.flatnonzero(_trunk_targets(document))
+        extra = len(wanted)
+        asked["sources"].append(wanted - 1)
+        asked["targets"].append(document.trunk[wanted])
+        asked["completions"].append(np.full(extra, prompt))
+        asked["steps"].append(np.arange(extra))
     joined = {name: np.concatenate(values).astype(np.int32) for name, values in {**parts, **asked}.items()}
-    fields = {name: np.concatenate([values[b] for b in chosen]) for name, values in document.fields.items()}
+    # Fields belong to completions: the prompt's predictions have zeros there.
+    none = np.zeros(extra, np.float32)
+    fields = {name: np.concatenate([*(values[b] for b in chosen), none]) for name, values in document.fields.items()}
     return {**joined, "fields": fields}
 
 

@@ -23,6 +23,8 @@ class ModelSection:
       path: a Hugging Face folder, a GGUF file, a Hub name, or `<stage>.policy` (of a reward model: `<stage>.reward`) of
         an earlier stage.
       reference: where the reference comes from; the policy's own start by default.
+      reference_cache: folder for log-probs that `precompute_ref_log_probs` computes, shared between runs; None =
+        `jaxalign/reference` in `XDG_CACHE_HOME` (`~/.cache`).
       critic: what the critic of `ppo` begins as: a reward model or a language model; the policy's own start by default.
       param_dtype: dtype of the parameters.
       compute_dtype: dtype of activations and matrix products; `auto` is bfloat16 on GPU and TPU, float32 on CPU.
@@ -34,6 +36,7 @@ class ModelSection:
 
     path: str
     reference: str | None = None
+    reference_cache: str | None = None
     critic: str | None = None
     param_dtype: ExportDType = "float32"
     compute_dtype: Literal["auto"] | ExportDType = "auto"

@@ -208,5 +208,22 @@ class Max:
         return float(self.most) if np.isfinite(float(self.most)) else None
 
 
-Metric = Mean | Min | Max
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sum:
+    """A sum of means over different things, each exact after adding parts: a loss per pair plus one per token."""
+
+    parts: tuple[Mean, ...]
+
+    def merge(self, other: Sum) -> Sum:
+        """The sum over both parts."""
+        return Sum(tuple(mine.merge(theirs) for mine, theirs in zip(self.parts, other.parts, strict=True)))
+
+    def value(self) -> float | None:
+        """The sum of the means there are, or None where nothing was weighed."""
+        known = [value for value in (part.value() for part in self.parts) if value is not None]
+        return sum(known) if known else None
+
+
+Metric = Mean | Min | Max | Sum
 Metrics = Mapping[str, Metric]

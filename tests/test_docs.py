@@ -18,9 +18,9 @@ from typer.main import get_command
 from jaxalign.cli import app
 from jaxalign.config import FOREIGN_NAMES, SECTIONS
 from jaxalign.data import Filters, MixturePart
-from jaxalign.losses import PREFERENCE_LOSSES, UNPAIRED_LOSSES
-from jaxalign.methods import METHODS
-from jaxalign.methods.common import score_labels, trains_scores
+from jaxalign.losses import DIVERGENCES, PREFERENCE_LOSSES, REFERENCE_FREE_LOSSES, UNPAIRED_LOSSES
+from jaxalign.methods import METHODS, PRESETS
+from jaxalign.methods.common import needs_reference, score_labels, trains_scores
 from jaxalign.sections import CompareSection
 from jaxalign.training.loop import TIMINGS
 from jaxalign.training.optimizer import Config, make_optimizer
@@ -206,6 +206,7 @@ def test_foreign_names_are_documented():
     [
         ("sft", ragged_texts),
         ("preference", ragged_pairs),
+        ("reference_free", ragged_pairs),
         ("reward", ragged_pairs),
         ("process_reward", ragged_steps),
         ("unpaired_preference", ragged_thumbs),
@@ -214,10 +215,24 @@ def test_foreign_names_are_documented():
 def test_every_metric_is_documented(method: str, examples: Callable):
     text = (ROOT / "docs" / "metrics.md").read_text()
     shared, own = table(text, "Every method"), table(text, f"`{method}`")
-    assert {name for row in shared + own for name in names(row[0]) if name not in LOSSES} - {"delta"} == {
-        *logged(METHODS[method], examples(2)),
+    settings = [{}, *(preset for name, preset in PRESETS.values() if name == method)]
+    seen = {name for each in settings for name in logged(METHODS[method], METHODS[method].Config(**each), examples(2))}
+    losses = {*PREFERENCE_LOSSES, *REFERENCE_FREE_LOSSES, *UNPAIRED_LOSSES}
+    assert {name for row in shared + own for name in names(row[0]) if name not in losses} - {"delta"} == {
+        *seen,
         *("epoch", "num_tokens"),
     }
+
+
+def test_every_method_and_preset_is_in_the_guide():
+    text = (ROOT / "docs" / "methods.md").read_text()
+    rows = [set(names(line.split("|")[1])) for line in text.splitlines() if line.startswith("| `")]
+    listed = {name for row in rows for name in row}
+    assert listed >= METHODS.keys() | PRESETS.keys()
+    configuration = (ROOT / "docs" / "configuration.md").read_text()
+    for name in {*PREFERENCE_LOSSES, *REFERENCE_FREE_LOSSES, *DIVERGENCES}:
+        assert f"`{name}`" in configuration, name
+        assert f"`{name}`" in (ROOT / "docs" / "metrics.md").read_text() or name in DIVERGENCES, name
 
 
 def test_every_timing_is_documented():
@@ -225,7 +240,7 @@ def test_every_timing_is_documented():
     assert {f"`{name}`" for name in TIMINGS} <= set(re.findall(r"`[^`\n]+`", text))
 
 
-def logged(method: Any, examples: list) -> set[str]:
+def logged(method: Any, config: Any, examples: list) -> set[str]:
     """Names of a step's metrics."""
     heads: dict[str, Any] = {}
     if trains_scores(method):
@@ -234,10 +249,10 @@ def logged(method: Any, examples: list) -> set[str]:
     optimizer, schedule = make_optimizer(Config(), 1)
 
     def step(variables):
-        batch = method.make_batch(method.Config(), examples)
-        if method.NEEDS_REFERENCE:
-            batch = method.make_reference(method.Config(), model)(variables, batch)
-        state, frozen = method.init(method.Config(), model, variables, optimizer, jax.random.key(0))
-        return method.make_step(method.Config(), model, optimizer, schedule)(state, frozen, batch)[1]
+        batch = method.make_batch(config, examples)
+        if needs_reference(method, config):
+            batch = method.make_reference(config, model)(variables, batch)
+        state, frozen = method.init(config, model, variables, optimizer, jax.random.key(0))
+        return method.make_step(config, model, optimizer, schedule)(state, frozen, batch)[1]
 
     return set(jax.eval_shape(step, variables))

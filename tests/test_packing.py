@@ -35,6 +35,29 @@ def test_a_pair_by_hand():
     np.testing.assert_array_equal(batch.present, [[1, 1]])
 
 
+def test_a_pair_whose_prompt_is_predicted_by_hand():
+    pair = Document(
+        np.array([5, 6, 7]),
+        (np.array([8, 9]), np.array([3])),
+        np.array([False, True, True]),
+        {"ref_logps": (np.array([-1.0, -2]), np.array([-3.0]))},
+    )
+    batch = pack([document(2, 1, 1), pair], completions=2, length=12, micro_batch_size=3)
+    asked = batch.predictions
+    # Numbers 0 to 5 are the completions of three places; the second document's prompt is 6 + 1.
+    row = asked.completions[0, 0]
+    np.testing.assert_array_equal(row[row >= 0], [2, 2, 3, 7, 7, 0, 1])  # the longer document comes first
+    np.testing.assert_array_equal(asked.sources[0, 0, :5], [2, 3, 2, 0, 1])
+    np.testing.assert_array_equal(asked.targets[0, 0, :5], [8, 9, 3, 6, 7])
+    np.testing.assert_array_equal(asked.steps[0, 0, :5], [0, 1, 0, 0, 1])
+    np.testing.assert_array_equal(batch.fields["ref_logps"][0, 0, :5], [-1, -2, -3, 0, 0])
+    np.testing.assert_array_equal(batch.present, [[1, 1, 1, 1, 0, 0]])
+    apart = pack([pair], completions=2, length=4, share_prompt=False)
+    found = [apart.predictions.completions[0, r] for r in range(2)]
+    assert sorted(each[each >= 0].tolist() for each in found) == [[0, 0, 2, 2], [1]]  # with the chosen completion only
+    assert [piece.predictions for piece in pieces_of(pair, False)] == [4, 1]
+
+
 def test_completions_that_are_read_by_hand():
     ranked = Document(
         np.array([5, 6]),

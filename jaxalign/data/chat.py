@@ -74,7 +74,7 @@ def encode(
       float32 `margins` (see `formats.normalise`). `stepwise`: `prompt_ids`, `completion_ids` (each step and its
       separator), and per step that truncation left whole int32 `ends`, the index in `completion_ids` of its separator's
       last token, and `labels`, 1 = right; besides `steps` `[1]`, how many there were. `unpaired`: `prompt_ids`,
-      `completion_ids` (of a pair both, end to end), and per completion int32 `sizes` and int32 `labels` (1 = desirable).
+      `completion_ids` (of a pair both), and per completion int32 `sizes` and int32 `labels` (1 = desirable).
 
     Raises:
       Bad: this row cannot be used.

@@ -21,6 +21,7 @@ class TokenStatistics(NamedTuple):
       hits: 1 where no token is more probable than the target.
       mean_logits: mean over the vocabulary of the raw logits.
       mean_logps: mean over the vocabulary of the log-probabilities.
+      log_square_sums: `log sum_v p^2`; None where it was not asked for.
       aux: what `Model.apply` says beside, if anything.
     """
 
@@ -29,6 +30,7 @@ class TokenStatistics(NamedTuple):
     hits: jax.Array
     mean_logits: jax.Array
     mean_logps: jax.Array
+    log_square_sums: jax.Array | None = None
     aux: Mapping[str, jax.Array] = {}
 
 
@@ -69,6 +71,7 @@ def token_statistics(
     temperature: float = 1.0,
     chunk: int = 128,
     entropy_gradient: bool = False,
+    square_sums: bool = False,
 ) -> TokenStatistics:
     """Statistics of each prediction; no `[rows, length, vocab]` array exists at any time.
 
@@ -79,6 +82,7 @@ def token_statistics(
       temperature: divides the logits, save for `mean_logits`.
       chunk: predictions per row whose logits exist at once.
       entropy_gradient: let gradients flow through the entropy, for a loss that it is a term of.
+      square_sums: fill `log_square_sums`.
     """
 
     def statistics(part):
@@ -95,7 +99,9 @@ def token_statistics(
         entropy = entropy if entropy_gradient else jax.lax.stop_gradient(entropy)
         hits = jax.lax.stop_gradient(chosen >= most).astype(jnp.float32)
         mean_logits = jax.lax.stop_gradient(raw).mean(-1)
-        return TokenStatistics(taken - log_sum, entropy, hits, mean_logits, shifted.mean(-1) - log_sum)
+        mean_logps = shifted.mean(-1) - log_sum
+        squares = jax.lax.stop_gradient(jnp.log((exps**2).sum(-1)) - 2 * log_sum) if square_sums else None
+        return TokenStatistics(taken - log_sum, entropy, hits, mean_logits, mean_logps, squares)
 
     return map_chunks(statistics, (gather_sources(hidden, predictions), predictions.targets), chunk=chunk)
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from jaxalign.losses import balance_loss
 from jaxalign.models import Model
-from jaxalign.training.step import PreparedLoss, LossFn
-from jaxalign.types import Array, Batch, Mean, Metrics, Variables
+from jaxalign.training.step import LossFn, PreparedLoss
+from jaxalign.types import Array, Batch, Mean, Metrics, Sum, Variables
 
 
 def coefficient(given: float | None, model: Model) -> float:
@@ -62,7 +62,9 @@ def add(
     loads = batch.fields.get("expert_loads", aux["expert_loads"])
     term = balance_loss(aux["router_probs"], loads, experts_per_token=model.config.experts_per_token)
     part = aux["expert_loads"].sum() / jnp.maximum(loads.sum(), 1)
-    return value + weight * term, {**metrics, "aux_loss": jax.lax.stop_gradient(Mean(term, part))}
+    if isinstance(known := metrics.get("loss"), Sum):
+        metrics = {**metrics, "loss": Sum((*known.parts, Mean(weight * term, part)))}
+    return value + weight * term, jax.lax.stop_gradient({**metrics, "aux_loss": Mean(term, part)})
 
 
 def couple(weight: float, model: Model, loss: LossFn, *, disable_dropout: bool) -> LossFn:

@@ -64,12 +64,15 @@ def read(
     *,
     temperature: float = 1.0,
     noise: Array | None = None,
+    square_sums: bool = False,
 ) -> TokenStatistics:
     """Runs the model on a micro-batch and the head where its predictions ask."""
     weights = balance.token_weights(batch) if any(model.config.sparse_layers) else None
     hidden, _, aux = model.apply(variables, batch.rows, key=key, weights=weights, noise=noise)
     logits = partial(model.logits, variables)
-    tokens = token_statistics(logits, hidden, batch.predictions, temperature=temperature, chunk=chunk)
+    tokens = token_statistics(
+        logits, hidden, batch.predictions, temperature=temperature, chunk=chunk, square_sums=square_sums
+    )
     return tokens._replace(aux=aux)
 
 
@@ -83,6 +86,11 @@ def make_logps(model: Model, chunk: int, *, temperature: float = 1.0) -> Callabl
         return jax.lax.map(one, replace(batch, fields={}))
 
     return logps
+
+
+def needs_reference(method: ModuleType, config: Any) -> bool:
+    """Whether a method under this config reads log-probs of a reference, and one has to be loaded."""
+    return method.needs_reference(config)
 
 
 def trains_scores(method: ModuleType) -> bool:

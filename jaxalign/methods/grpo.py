@@ -43,7 +43,6 @@ __all__ = ["PRESETS", "Config", "estimate", "init", "make_batch", "make_logps", 
 
 KIND = "prompt"
 ONLINE = True
-NEEDS_REFERENCE = False  # by default: see `needs_reference`
 LEARNING_RATE = 1e-6
 
 

@@ -241,7 +241,8 @@ def make_stream_batches(
     """Packed batches of a stream; an example that does not fit a row is bad data, as `on_bad` says."""
 
     def check(example: Example) -> None:
-        longest = max(piece.size for piece in _pieces(method, config, example))
+        share = getattr(config, "share_prompt", True)
+        longest = max(piece.size for piece in pieces_of(method.to_document(config, example), share))
         if longest > layout.length:
             raise Bad("longer than a row", f"{longest} tokens; set train.row_length, which is {layout.length} here")
 

@@ -22,7 +22,6 @@ from jaxalign.types import Array, Batch, Experience, Mean, Metrics, PyTree, Vari
 
 KIND = "prompt"
 ONLINE = True
-NEEDS_REFERENCE = True
 LEARNING_RATE = 5e-7
 
 

@@ -34,7 +34,6 @@ from jaxalign.types import Array, Batch, Experience, Max, Mean, Metrics, PyTree,
 KIND = "prompt"
 ONLINE = True
 CRITIC = True
-NEEDS_REFERENCE = True  # by default: see `needs_reference`
 LEARNING_RATE = 3e-6
 
 

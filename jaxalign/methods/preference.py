@@ -1,145 +1,111 @@
-"""Learning from pairs of a chosen and a rejected completion against a fixed reference: DPO and its family."""
+"""Learning from pairs of a chosen and a rejected completion against a reference: DPO and its family.
+
+Which loss (`loss_type`, or a weighted sum of several), which divergence from the reference (`f_divergence_type`), which
+tokens count (`ld_alpha`) and which pairs (`use_weighting`) combine freely where that means something. `PRESETS` are the
+papers' combinations. Losses without a reference are in `reference_free`.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from jaxalign.losses import COUPLED_LOSSES, PREFERENCE_LOSSES, PreferenceLogps, count_by_completion, sum_by_completion
-from jaxalign.methods import balance, common
+from jaxalign import losses
+from jaxalign.losses import COUPLED_LOSSES, PER_TOKEN, PREFERENCE_LOSSES, PreferenceLogps, TokenStatistics
+from jaxalign.methods import balance, common, pairs
+from jaxalign.methods.preference_config import PRESETS, Config
 from jaxalign.models import Model
 from jaxalign.packing import Document
 from jaxalign.training.coupled import CoupledLoss
 from jaxalign.training.state import TrainState
 from jaxalign.training.step import LossFn, Step, Totals
 from jaxalign.training.step import make_step as make_training_step
-from jaxalign.types import Array, Batch, Metrics, Variables
+from jaxalign.types import Array, Batch, Metric, Variables
+
+__all__ = ["PRESETS", "Config", "init", "make_batch", "make_loss", "make_reference", "make_step"]
 
 KIND = "preference"
 COMPLETIONS = 2
 BRANCHES = ("chosen", "rejected")  # whose reference log-probs can be computed beforehand
-NEEDS_REFERENCE = True
 LEARNING_RATE = 1e-6
 
+count_tokens = pairs.count_tokens
+totals = pairs.totals
 
-@dataclass(frozen=True)
-class Config:
-    """Preference optimisation.
 
-    Attributes:
-      loss_type: key in `PREFERENCE_LOSSES`.
-      beta: inverse strength of the KL penalty.
-      label_smoothing: probability that a label is wrong; `sigmoid`, `aot` and `aot_unpaired` only.
-      disable_dropout: no dropout even if the model's config has some.
-      precompute_ref_log_probs: run the reference once over the data set before training and cache what it says on disk,
-        instead of keeping it in memory and running it on every batch.
-      share_prompt: compute the prompt once for both completions.
-      logits_chunk: predictions per row whose logits exist at once.
-      router_aux_loss_coef: weight of the load-balancing loss of sparse models; None = what the model's config says.
-    """
-
-    loss_type: str = "sigmoid"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    disable_dropout: bool = True
-    precompute_ref_log_probs: bool = False
-    share_prompt: bool = True
-    logits_chunk: int = 128
-    router_aux_loss_coef: float | None = None
-
-    def __post_init__(self):
-        """Raises ValueError on settings that have no meaning."""
-        if self.loss_type not in PREFERENCE_LOSSES:
-            raise ValueError(f"loss_type {self.loss_type!r} is unknown; known: {', '.join(PREFERENCE_LOSSES)}")
-        if self.beta <= 0:
-            raise ValueError(f"beta={self.beta} must be greater than 0")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing={self.label_smoothing} must lie in [0, 0.5)")
-        if self.label_smoothing and self.loss_type not in {"sigmoid", *COUPLED_LOSSES}:
-            raise ValueError(f"loss_type {self.loss_type!r} has no label smoothing: set label_smoothing to 0")
+def needs_reference(config: Config) -> bool:
+    """Whether log-probs of a reference enter: always, into the metrics if not into the loss."""
+    del config
+    return True
 
 
 def to_document(config: Config, example: common.Example) -> Document:
-    """The prompt as trunk, the chosen and the rejected completion as its branches.
-
-    Args:
-      config: the method's.
-      example: `prompt_ids`, `chosen_ids`, `rejected_ids` int32, the completions ending as they should be learned (with
-        EOS); with a precomputed reference `ref_chosen_logps` and `ref_rejected_logps`, float32 per token.
-    """
+    """The pair's prompt, chosen and rejected completion, see `pairs.to_document`."""
     del config
-    branches = tuple(np.asarray(example[name], np.int32) for name in ("chosen_ids", "rejected_ids"))
-    fields = {}
-    if "ref_chosen_logps" in example:
-        fields["ref_logps"] = tuple(
-            np.asarray(example[name], np.float32) for name in ("ref_chosen_logps", "ref_rejected_logps")
-        )
-    return Document(np.asarray(example["prompt_ids"], np.int32), branches, fields=fields)
+    return pairs.to_document(example)
 
 
-def count_tokens(example: common.Example) -> int:
-    """Tokens of an example as `num_tokens` counts them: the prompt with each completion."""
-    return 2 * len(example["prompt_ids"]) + len(example["chosen_ids"]) + len(example["rejected_ids"])
+class _Read(NamedTuple):
+    """What the losses look at of a micro-batch: scores of pairs, and by how much each pair counts, `[pairs]`."""
 
-
-def totals(batch: Batch) -> Totals:
-    """The loss's denominator: pairs of the global batch."""
-    return {"loss": batch.present[..., 0::2].sum()}
+    scored: PreferenceLogps
+    weights: Array
 
 
 def make_loss(config: Config, model: Model, *, temperature: float = 1.0) -> LossFn | CoupledLoss:
-    """The loss of a micro-batch that carries `ref_logps`: the sum over its pairs / pairs of the global batch.
+    """The loss of a micro-batch that carries `ref_logps`: per loss, the sum over its pairs / pairs of the global batch.
 
-    Those of `COUPLED_LOSSES` are of the whole batch.
+    `sft` is a mean over the chosen tokens of the global batch instead. With one of `COUPLED_LOSSES`, the loss is of the
+    whole batch.
     """
-    preference_loss = partial(
-        PREFERENCE_LOSSES[config.loss_type], beta=config.beta, label_smoothing=config.label_smoothing
-    )
+    terms = _terms(config)
+    diverge = partial(losses.DIVERGENCES[config.f_divergence_type], alpha=config.f_alpha_divergence_coef)
     weight = balance.coefficient(config.router_aux_loss_coef, model)
+    coupled = not COUPLED_LOSSES.isdisjoint(config.loss_types)
 
-    def read(params: Variables, frozen: Variables, batch: Batch, totals: Totals, key: jax.Array | None):
-        del totals
+    def read(params: Variables, frozen: Variables, batch: Batch, key: jax.Array | None):
         if "ref_logps" not in batch.fields:
             raise ValueError(
                 "the batch has no ref_logps: fill it with make_reference, or give examples that carry them"
             )
         key = None if config.disable_dropout else key
         variables, chunk = common.join_variables(params, frozen), config.logits_chunk
-        tokens = common.read(model, variables, batch, key, chunk, temperature=temperature)
-        completions, n = batch.predictions.completions, batch.present.shape[0]
-        # Differenced per token before summing: the sums are large and nearly equal.
-        log_ratios = sum_by_completion(tokens.logps - batch.fields["ref_logps"], completions, n)
-        lengths = count_by_completion(completions, n)
-        logps = sum_by_completion(tokens.logps, completions, n)
-        sums = (log_ratios[0::2], log_ratios[1::2], lengths[0::2], lengths[1::2], logps[0::2], logps[1::2])
-        pairs = PreferenceLogps(*sums)
-        return pairs, _metrics(config, batch, tokens, pairs, batch.present[0::2]), tokens.aux
+        tokens = common.read(
+            model, variables, batch, key, chunk, temperature=temperature, square_sums=config.use_weighting
+        )
+        pair, logps = _sum_up(config, tokens, batch)
+        scored = pair._replace(
+            chosen_log_ratios=diverge(pair.chosen_log_ratios), rejected_log_ratios=diverge(pair.rejected_log_ratios)
+        )
+        weights = batch.present[0::2]
+        if config.use_weighting and tokens.log_square_sums is not None:
+            completions, n = batch.predictions.completions, batch.present.shape[0]
+            weights = losses.policy_weights(tokens.logps, tokens.log_square_sums, completions, n)
+        return _Read(scored, weights), _metrics(config, batch, tokens, pair, logps), tokens.aux
 
     def loss(params: Variables, frozen: Variables, batch: Batch, totals: Totals, key: jax.Array | None):
-        pairs, metrics, aux = read(params, frozen, batch, totals, key)
-        present = batch.present[0::2]
-        value = jnp.where(present > 0, preference_loss(pairs), 0).sum() / jnp.maximum(totals["loss"], 1)
+        found, metrics, aux = read(params, frozen, batch, key)
+        value, summed = _add_up(terms, found, batch.present[0::2], totals)
+        metrics = metrics | {"loss": pairs.loss_metric(summed, batch)}
         return balance.add(weight, model, batch, aux, value, metrics)
 
-    def combine(pairs: PreferenceLogps, batch: Batch, totals: Totals):
-        flat = jax.tree.map(lambda x: x.reshape(-1), (pairs, batch.present[:, 0::2]))
-        return preference_loss(flat[0], where=flat[1]).sum() / jnp.maximum(totals["loss"], 1), {}
+    def combine(found: _Read, batch: Batch, totals: Totals):
+        flat, present = jax.tree.map(lambda x: x.reshape(-1), (found, batch.present[..., 0::2]))
+        value, summed = _add_up(terms, flat, present, totals)
+        return value, {"loss": pairs.loss_metric(summed, batch)}
 
-    if config.loss_type in COUPLED_LOSSES:
-        if weight:
-            raise ValueError(
-                f"loss_type={config.loss_type!r} goes without a router loss: set router_aux_loss_coef to 0"
-            )
-        return CoupledLoss(lambda *parts: read(*parts)[:2], combine)
-    return balance.couple(weight, model, loss, disable_dropout=config.disable_dropout)
+    if not coupled:
+        return balance.couple(weight, model, loss, disable_dropout=config.disable_dropout)
+    if weight:
+        raise ValueError(f"loss_type={config.loss_type!r} goes without a router loss: set router_aux_loss_coef to 0")
+    return CoupledLoss(lambda params, frozen, batch, totals, key: read(params, frozen, batch, key)[:2], combine)
 
 
 def make_reference(config: Config, model: Model) -> Callable[[Variables, Batch], Batch]:
@@ -172,28 +138,65 @@ def make_step(
     return make_training_step(make_loss(config, model), totals, optimizer, learning_rate)
 
 
-def make_batch(config: Config, pairs: Sequence[common.Example], **layout: Any) -> Batch:
-    """Packs pairs (see `to_document`) into a batch; `layout` as `packing.pack`."""
-    return common.pack_examples(sys.modules[__name__], config, pairs, **layout)
+def make_batch(config: Config, examples: Sequence[common.Example], **layout: Any) -> Batch:
+    """Packs pairs (see `pairs.to_document`) into a batch; `layout` as `packing.pack`."""
+    return common.pack_examples(sys.modules[__name__], config, examples, **layout)
 
 
-def _metrics(config: Config, batch: Batch, tokens, pairs: PreferenceLogps, present: Array) -> Metrics:
+Term = tuple[float, str, Callable[..., jax.Array]]
+
+
+def _terms(config: Config) -> list[Term]:
+    """Per loss its weight, its key in the totals, and the loss with its options, of log-probs and which pairs exist."""
+    weights = config.loss_weights or (1.0,) * len(config.loss_types)
+    found = []
+    for name, weight in zip(config.loss_types, weights, strict=True):
+        options = {option: getattr(config, option) for option in losses.preference_options(name)}
+        term = partial(PREFERENCE_LOSSES[name], **options)
+        if name not in COUPLED_LOSSES:
+            term = partial(_without_where, term)
+        found.append((weight, "tokens" if name in PER_TOKEN else "loss", term))
+    return found
+
+
+def _without_where(term: Callable[..., jax.Array], logps: PreferenceLogps, *, where: Array) -> jax.Array:
+    del where
+    return term(logps)
+
+
+def _add_up(
+    terms: Sequence[Term], found: _Read, present: Array, totals: Totals
+) -> tuple[jax.Array, list[tuple[Array, str]]]:
+    """The loss of pairs, and per term its sum and the key of its denominator in the totals."""
+    summed = []
+    for weight, count, term in terms:
+        each = found.weights * term(found.scored, where=present)
+        summed.append((weight * jnp.where(present > 0, each, 0).sum(), count))
+    return jnp.stack([total / jnp.maximum(totals[count], 1) for total, count in summed]).sum(), summed
+
+
+def _sum_up(config: Config, tokens: TokenStatistics, batch: Batch) -> tuple[PreferenceLogps, Array]:
+    """What the losses look at, and `[completions]` log-probs for the metrics."""
     completions, n = batch.predictions.completions, batch.present.shape[0]
-    chosen = ((completions >= 0) & (completions % 2 == 0)).astype(jnp.float32)
-    rejected = ((completions >= 0) & (completions % 2 == 1)).astype(jnp.float32)
-    logps = sum_by_completion(tokens.logps, completions, n)
-    chosen_rewards = config.beta * pairs.chosen_log_ratios
-    rejected_rewards = config.beta * pairs.rejected_log_ratios
+    lengths = losses.count_by_completion(completions, n)
+    # Differenced per token before summing: the sums are large and nearly equal.
+    differences, logps = tokens.logps - batch.fields["ref_logps"], tokens.logps
+    plain = losses.sum_by_completion(logps, completions, n)
+    if config.ld_alpha is not None:
+        weights = losses.length_weights(completions, batch.predictions.steps, lengths, config.ld_alpha)
+        differences, logps = differences * weights, logps * weights
+    ratios = losses.sum_by_completion(differences, completions, n)
+    pair = PreferenceLogps(ratios[0::2], ratios[1::2], lengths[0::2], lengths[1::2], plain[0::2], plain[1::2])
+    return pair, losses.sum_by_completion(logps, completions, n)
+
+
+def _metrics(
+    config: Config, batch: Batch, tokens: TokenStatistics, pair: PreferenceLogps, logps: Array
+) -> dict[str, Metric]:
+    """Rewards are of log-ratios, whatever divergence the loss is taken of; under LD-DPO sums are weighted, as TRL's."""
+    chosen, rejected = config.beta * pair.chosen_log_ratios, config.beta * pair.rejected_log_ratios
     metrics = {
-        "rewards/chosen": common.masked_mean(chosen_rewards, present),
-        "rewards/rejected": common.masked_mean(rejected_rewards, present),
-        "rewards/accuracies": common.masked_mean((chosen_rewards > rejected_rewards).astype(jnp.float32), present),
-        "rewards/margins": common.masked_mean(chosen_rewards - rejected_rewards, present),
-        "logps/chosen": common.masked_mean(logps[0::2], present),
-        "logps/rejected": common.masked_mean(logps[1::2], present),
-        "logits/chosen": common.masked_mean(tokens.mean_logits, chosen),
-        "logits/rejected": common.masked_mean(tokens.mean_logits, rejected),
-        "entropy": common.masked_mean(tokens.entropy, chosen + rejected),
-        "mean_token_accuracy": common.masked_mean(tokens.hits, chosen),
+        **pairs.reward_metrics(chosen, rejected, batch.present[0::2]),
+        **pairs.token_metrics(tokens, logps, batch),
     }
     return jax.lax.stop_gradient(metrics)

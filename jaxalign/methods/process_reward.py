@@ -23,7 +23,6 @@ from jaxalign.types import Array, Batch, Variables
 
 KIND = "stepwise"
 COMPLETIONS = 1
-NEEDS_REFERENCE = False
 SCORES = True  # it trains a score head and no LM head
 LABELS = 2  # of two outputs, as transformers' token classifiers have them
 LEARNING_RATE = 1e-5
@@ -47,6 +46,12 @@ class Config:
 
     train_on_last_step_only: bool = False
     disable_dropout: bool = True
+
+
+def needs_reference(config: Config) -> bool:
+    """Whether log-probs of a reference enter: never."""
+    del config
+    return False
 
 
 def to_document(config: Config, example: common.Example) -> Document:

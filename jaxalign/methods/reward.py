@@ -25,7 +25,6 @@ from jaxalign.types import Array, Batch, Max, Metrics, Min, Variables
 
 KIND = "ranking"
 COMPLETIONS = MOST_COMPLETIONS
-NEEDS_REFERENCE = False
 SCORES = True  # it trains a score head and no LM head
 LEARNING_RATE = 1e-4
 
@@ -50,6 +49,12 @@ class Config:
         """Raises ValueError on settings that have no meaning."""
         if self.center_rewards_coefficient is not None and self.center_rewards_coefficient < 0:
             raise ValueError(f"center_rewards_coefficient={self.center_rewards_coefficient} must not be negative")
+
+
+def needs_reference(config: Config) -> bool:
+    """Whether log-probs of a reference enter: never."""
+    del config
+    return False
 
 
 def to_document(config: Config, example: common.Example) -> Document:

@@ -49,7 +49,6 @@ from jaxalign.types import Array, Batch, Mean, Metrics, PyTree, Variables
 KIND = "unpaired"
 COMPLETIONS = 2  # an example's own, and with `kto` one of another example
 BRANCHES = ("completion",)  # those whose reference log-probs can be computed beforehand
-NEEDS_REFERENCE = True
 LEARNING_RATE = 1e-6
 PRESETS: dict[str, dict[str, Any]] = {name: {"loss_type": name} for name in UNPAIRED_LOSSES}
 
@@ -154,6 +153,12 @@ def check_examples(config: Config, examples: Examples, batch_size: int, name: st
                 low,
                 high,
             )
+
+
+def needs_reference(config: Config) -> bool:
+    """Whether log-probs of a reference enter: always."""
+    del config
+    return True
 
 
 def to_document(config: Config, example: common.Example) -> Document:

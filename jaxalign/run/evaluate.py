@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ import jax
 from jaxalign import data, models
 from jaxalign.config import Stage
 from jaxalign.methods import METHODS
-from jaxalign.methods.common import for_evaluation, is_online, make_eval_step, split_variables
+from jaxalign.methods.common import for_evaluation, is_online, make_eval_step, needs_reference, split_variables
 from jaxalign.methods.offline import ExampleList, OfflineSource, make_batches
 from jaxalign.methods.running import with_carry
 from jaxalign.run.inputs import Say, attach_reference, load_policy, load_start
@@ -38,11 +37,12 @@ def evaluate_stage(stage: Stage, path: str | None, *, say: Say) -> dict[str, flo
         judge = make_judge(ready, load_scoring(ready), ready.data.eval or ready.data.train)
         load = functools.partial(load_policy, ready)
         return Interval().add(judge(load_start(ready, load) if path is None else load(path))).values()
-    if METHODS[stage.method_name].NEEDS_REFERENCE:
-        stage = replace(stage, method=replace(stage.method, precompute_ref_log_probs=False))
+    if needs_reference(METHODS[stage.method_name], stage.method):
+        method = replace(stage.method, precompute_ref_log_probs=False)
+        stage = replace(stage, method=method, model=replace(stage.model, reference_cache=None))
     ready = prepare(stage)
     load = functools.cache(functools.partial(load_policy, ready))
-    examples = attach_reference(ready, Path(), load, say)
+    examples = attach_reference(ready, load, say)
     policy = load_start(ready, load) if path is None else load(path)
     judged, lookup = ready.data.train, examples.train
     if ready.data.eval is not None and examples.eval is not None:

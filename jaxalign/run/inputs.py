@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -11,6 +12,9 @@ import jax
 import numpy as np
 
 from jaxalign import data, models
+from jaxalign.config import Stage
+from jaxalign.methods.common import needs_reference
+from jaxalign.methods.moving_reference import MovingReference
 from jaxalign.methods.offline import ExampleList
 from jaxalign.methods.reference import cache_key, precompute
 from jaxalign.models.identity import adapter_fingerprint
@@ -33,11 +37,13 @@ class Examples:
       train: the training examples.
       eval: the evaluation examples, or None.
       fill: adds the reference's log-probs to a batch; None where the examples carry them or nothing needs them.
+      moving: that reference, where it follows the policy; then `fill` is it.
     """
 
     train: ExampleList
     eval: ExampleList | None
     fill: Callable[[Batch], Batch] | None
+    moving: MovingReference | None = None
 
 
 def load_policy(ready: Prepared, path: str) -> Variables:
@@ -84,22 +90,33 @@ def load_reference(ready: Prepared, load: Callable[[str], Variables]) -> Variabl
     return load(stage.model.reference or stage.model.path)
 
 
-def attach_reference(ready: Prepared, folder: Path, load: Callable[[str], Variables], say: Say) -> Examples:
+def reference_folder(stage: Stage) -> Path:
+    """Where log-probs of references are kept: `model.reference_cache`, or below the user's cache folder."""
+    if stage.model.reference_cache is not None:
+        return Path(stage.model.reference_cache).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxalign" / "reference"
+
+
+def attach_reference(ready: Prepared, load: Callable[[str], Variables], say: Say) -> Examples:
     """The examples, with what their loss needs of a reference (the policy's start, or `model.reference`).
 
     Args:
       ready: the stage.
-      folder: where log-probs that are computed beforehand are kept.
       load: path -> parameters; called only if the reference has to run.
       say: takes lines for the user.
     """
     train, held_out, stage = ready.data.train, ready.data.eval, ready.stage
-    if not ready.method.NEEDS_REFERENCE:
+    if not needs_reference(ready.method, stage.method):
         return Examples(train, held_out, None)
     path = stage.model.reference or stage.model.path
     run = jax.jit(ready.method.make_reference(stage.method, ready.model))
+    if getattr(stage.method, "sync_ref_model", False):
+        alpha, every = stage.method.ref_model_mixup_alpha, stage.method.ref_model_sync_steps
+        moving = MovingReference(run, load_reference(ready, load), alpha=alpha, every=every)
+        return Examples(train, held_out, moving, moving)
     if not stage.method.precompute_ref_log_probs:
         return Examples(train, held_out, partial(run, load_reference(ready, load)))
+    folder = reference_folder(stage)
     dtypes = f"{stage.model.param_dtype} {resolve_dtype(stage.model.compute_dtype)}"
     fingerprint = f"{models.fingerprint(path)} {dtypes}"
     if stage.model.quantization is not None:
@@ -108,9 +125,9 @@ def attach_reference(ready: Prepared, folder: Path, load: Callable[[str], Variab
         fingerprint += f" {adapter_fingerprint(stage.lora.path)}"
 
     def attach(examples: data.Examples) -> ExampleList:
-        where = folder / "reference" / f"{cache_key(examples, fingerprint)}.npy"
-        say(f"reference log-probs: {'read from' if where.is_file() else 'computed into'} {where}")
+        key = cache_key(examples, fingerprint)
+        say(f"reference log-probs: kept in {folder / key}")
         fill = lambda batch: run(load_reference(ready, load), batch)  # noqa: E731
-        return precompute(ready.method, stage.method, examples, ready.layout, ready.mesh, fill, where)
+        return precompute(ready.method, stage.method, examples, ready.layout, ready.mesh, fill, folder, key)
 
     return Examples(attach(train), None if held_out is None else attach(held_out), None)

@@ -20,6 +20,7 @@ from jaxalign.methods.common import (
     has_critic,
     is_online,
     make_eval_step,
+    needs_reference,
     score_labels,
     split_variables,
     trains_scores,
@@ -176,11 +177,10 @@ def _check_evaluation(ready: Prepared) -> None:
             raise ValueError(
                 "method.ptx_coef: a run has no supervised examples to mix in; it works through ppo.make_batch"
             )
-        needed = ready.method.needs_reference(ready.stage.method)
-    else:
-        needed = ready.method.NEEDS_REFERENCE
-    if model.reference and not needed:
+    if model.reference and not needs_reference(ready.method, ready.stage.method):
         raise ValueError(f"model.reference: the method {ready.stage.method_name} has no reference; leave it away")
+    if model.reference_cache and not getattr(ready.stage.method, "precompute_ref_log_probs", False):
+        raise ValueError("model.reference_cache: nothing is kept there without method.precompute_ref_log_probs: true")
     if trains_scores(ready.method) and ready.stage.log.sample_steps:
         raise ValueError("log.sample_steps: a reward model gives scores and no answers; set it to null here")
     if "float16" in (model.param_dtype, model.compute_dtype):
@@ -214,7 +214,7 @@ def _offline_metrics(ready: Prepared) -> list[str]:
     shapes = jax.eval_shape(ready.model.init, jax.random.key(0))
 
     def evaluate(variables, batch):
-        if ready.method.NEEDS_REFERENCE:
+        if needs_reference(ready.method, ready.stage.method):
             batch = ready.method.make_reference(ready.stage.method, ready.model)(variables, batch)
         batch = with_carry(ready.method, ready.stage.method, batch)
         return make_eval_step(ready.method, ready.stage.method, ready.model)(*split_variables(variables), batch)

@@ -14,7 +14,8 @@ import jax
 
 from jaxalign import evaluation, models, sampling
 from jaxalign.config import Stage
-from jaxalign.methods.common import is_online, join_variables, split_start
+from jaxalign.methods.common import is_online, join_variables, needs_reference, split_start
+from jaxalign.methods.moving_reference import FollowingSource
 from jaxalign.methods.offline import OfflineSource, make_source
 from jaxalign.methods.online import OnlineSource
 from jaxalign.methods.running import CarryingSource, carry_along
@@ -143,11 +144,14 @@ def last_metrics(folder: Path) -> dict[str, float]:
     return latest
 
 
+_Source = OfflineSource | CarryingSource | FollowingSource
+
+
 @dataclass(frozen=True)
 class _Pieces:
     """What the loop works with, made once the state is there."""
 
-    source: OfflineSource | CarryingSource | OnlineSource
+    source: _Source | OnlineSource
     evaluate: loop.Evaluate | None
     on_sample: Callable[[], loop.OnSample]
 
@@ -183,7 +187,7 @@ def _train(
     stage = ready.stage
     optimizer, schedule = make_optimizer(stage.optimizer, ready.num_steps)
     key = jax.random.key(stage.train.seed)
-    begin = (_online if is_online(ready.method) else _offline)(ready, folder, key, say)
+    begin = _online(ready, key, say) if is_online(ready.method) else _offline(ready, folder, key, say)
     init = functools.partial(ready.method.init, stage.method, begin.model, optimizer=optimizer, key=key)
     shapes = jax.eval_shape(init, begin.shapes)
     shardings = param_shardings(ready.mesh, shapes)
@@ -241,22 +245,22 @@ def _offline(ready: Prepared, folder: Path, key: jax.Array, say: Say) -> _Start:
     """A stage that learns from a data set."""
     stage = ready.stage
     load = functools.cache(functools.partial(load_policy, ready))
-    examples = attach_reference(ready, folder, load, say)
+    examples = attach_reference(ready, load, say)
 
     def pieces(frozen: Variables) -> _Pieces:
         load.cache_clear()
         source = _make_source(ready, examples, frozen, folder)
         return _Pieces(source, _make_evaluate(ready, examples, frozen, source), lambda: _make_on_sample(ready, frozen))
 
-    # A live reference may be these very variables.
-    shared = examples.fill is not None and stage.model.reference in (None, stage.model.path)
+    # A live reference may be these very variables; one that moves has a copy.
+    live = examples.fill is not None and examples.moving is None
+    shared = live and stage.model.reference in (None, stage.model.path)
     shapes = jax.eval_shape(lambda key: adapt(stage, ready.model.config, ready.model.init(key), key), key)
     return _Start(ready.model, shapes, lambda: load_start(ready, load), shared, pieces)
 
 
-def _online(ready: Prepared, folder: Path, key: jax.Array, say: Say) -> _Start:
+def _online(ready: Prepared, key: jax.Array, say: Say) -> _Start:
     """A stage that learns from its own completions."""
-    del folder
     stage, method = ready.stage, ready.method
     load = functools.cache(functools.partial(load_policy, ready))
     scoring = load_scoring(ready)
@@ -269,29 +273,30 @@ def _online(ready: Prepared, folder: Path, key: jax.Array, say: Say) -> _Start:
         evaluate = make_online_evaluate(ready, scoring, frozen)
         return _Pieces(source, evaluate, lambda: make_online_samples(ready, scoring, source))
 
-    if method.needs_reference(stage.method):
+    if needs_reference(method, stage.method):
         say(f"{stage.name or stage.method_name}: reference from {stage.model.reference or stage.model.path}")
-    shared = method.needs_reference(stage.method)
+    shared = needs_reference(method, stage.method)
     return _Start(trained.model, trained.shapes, trained.load, shared, pieces)
 
 
-def _make_evaluate(
-    ready: Prepared, examples: Examples, frozen: Variables, source: OfflineSource | CarryingSource
-) -> loop.Evaluate | None:
+def _make_evaluate(ready: Prepared, examples: Examples, frozen: Variables, source: _Source) -> loop.Evaluate | None:
     if examples.eval is None or ready.data.eval is None:
         return None
     carry = (lambda: source.carry) if isinstance(source, CarryingSource) else None
-    evaluate = make_evaluate(ready, examples.eval, ready.data.eval, examples.fill, carry)
-    return lambda state: evaluate(state.params, frozen)
+    judge = make_evaluate(ready, examples.eval, ready.data.eval, examples.fill, carry)
+
+    def evaluate(state: Any) -> Mapping[str, Any]:
+        if examples.moving is not None:
+            examples.moving.follow(int(state.step), state.params)
+        return judge(state.params, frozen)
+
+    return evaluate
 
 
-def _make_source(
-    ready: Prepared, examples: Examples, frozen: Variables, folder: Path
-) -> OfflineSource | CarryingSource:
+def _make_source(ready: Prepared, examples: Examples, frozen: Variables, folder: Path) -> _Source:
     data, train = ready.stage.data, ready.stage.train
     if ready.data.stream is not None:
-        source = make_stream_source(ready, ready.data.stream, examples, folder)
-        return carry_along(ready.method, ready.stage.method, ready.model, frozen, source)
+        return _accompany(ready, examples, frozen, make_stream_source(ready, ready.data.stream, examples, folder))
     source = make_source(
         ready.method,
         ready.stage.method,
@@ -306,6 +311,13 @@ def _make_source(
         prefetch=train.prefetch,
         order=ready.data.order,
     )
+    return _accompany(ready, examples, frozen, source)
+
+
+def _accompany(ready: Prepared, examples: Examples, frozen: Variables, source: OfflineSource) -> _Source:
+    """The source, with what moves along from batch to batch."""
+    if examples.moving is not None:
+        return FollowingSource(source, examples.moving)
     return carry_along(ready.method, ready.stage.method, ready.model, frozen, source)
 
 

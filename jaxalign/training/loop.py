@@ -20,7 +20,7 @@ from jaxalign.training import guards, schedule
 from jaxalign.training.metrics import Interval, JsonLines, Number, Writer
 from jaxalign.training.schedule import Best, Config, Tally
 from jaxalign.training.state import TrainState
-from jaxalign.types import Max, Mean, Metric, Min, PyTree
+from jaxalign.types import Max, Mean, Metric, Min, PyTree, Sum
 
 if TYPE_CHECKING:
     from jaxalign.training.checkpoint import Checkpoints, Restored
@@ -207,7 +207,7 @@ def _read(run: _Run, done: Tally, waiting: tuple, lap: _Lap) -> tuple[Tally, _La
 
 
 def _mean(value: Metric | Number) -> Metric:
-    return value if isinstance(value, Mean | Min | Max) else Mean(float(value), 1.0)
+    return value if isinstance(value, Mean | Min | Max | Sum) else Mean(float(value), 1.0)
 
 
 def _log(run: _Run, done: Tally, lap: _Lap) -> tuple[Tally, _Lap]:

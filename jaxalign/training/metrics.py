@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from jaxalign.types import Max, Mean, Metric, Min
+from jaxalign.types import Max, Mean, Metric, Min, Sum
 
 Number = float | int | np.number | np.ndarray | jax.Array
-KINDS: dict[str, type] = {"mean": Mean, "min": Min, "max": Max}
+KINDS: dict[str, type] = {"mean": Mean, "min": Min, "max": Max, "sum": Sum}
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Interval:
     """Metrics merged over the steps since the last log, in float64 on the host.
 
     Attributes:
-      parts: by name, a `Mean`, `Min` or `Max` over all steps, or the latest value of a plain number.
+      parts: by name, a `Mean`, `Min`, `Max` or `Sum` over all steps, or the latest value of a plain number.
     """
 
     parts: Mapping[str, Metric | float] = field(default_factory=dict)
@@ -54,13 +54,15 @@ class Interval:
 
 
 def _host(value: Metric | Number) -> Metric | float:
-    if isinstance(value, Mean | Min | Max):
+    if isinstance(value, Mean | Min | Max | Sum):
         return jax.tree.map(float, value)
     return float(value)
 
 
 def _merge(old: Metric | float, new: Metric | float) -> Metric | float:
     if isinstance(old, Mean) and isinstance(new, Mean):
+        return old.merge(new)
+    if isinstance(old, Sum) and isinstance(new, Sum):
         return old.merge(new)
     if isinstance(old, Min) and isinstance(new, Min):
         return Min(float(np.minimum(old.least, new.least)))
@@ -70,7 +72,7 @@ def _merge(old: Metric | float, new: Metric | float) -> Metric | float:
 
 
 def _value(part: Metric | float) -> float | None:
-    if isinstance(part, Mean):
+    if isinstance(part, Mean | Sum):
         return part.value()
     if isinstance(part, Min):
         return None if part.least == math.inf else float(part.least)
@@ -87,6 +89,8 @@ def _encode(part: Metric | float) -> list[str]:
 def _decode(part: Sequence[str]) -> Metric | float:
     kind, *numbers = part
     floats = [float.fromhex(x) for x in numbers]
+    if kind == "sum":
+        return Sum(tuple(Mean(*pair) for pair in zip(floats[0::2], floats[1::2], strict=True)))
     return floats[0] if kind == "latest" else KINDS[kind](*floats)
 
 

@@ -11,7 +11,7 @@ import optax
 
 from jaxalign.training.coupled import CoupledLoss, Totals, alone, read_all, weighed
 from jaxalign.training.state import TrainState
-from jaxalign.types import Array, Batch, Max, Mean, Metric, Metrics, Min, PyTree
+from jaxalign.types import Array, Batch, Max, Mean, Metric, Metrics, Min, PyTree, Sum
 
 LossFn = Callable[[PyTree, PyTree, Batch, Totals, jax.Array | None], tuple[jax.Array, Metrics]]
 TotalsFn = Callable[[Batch], Totals]
@@ -123,6 +123,7 @@ def evaluate(loss: LossFn | CoupledLoss, totals: TotalsFn, params: PyTree, froze
     """Loss and metrics of a batch without gradients or noise.
 
     `loss` is a mean weighted by the batch's `totals["loss"]`: those of several batches merge to that of all together.
+    A loss whose terms have denominators of their own gives a metric `loss` itself (a `Sum`), which merges so too.
     """
     counts = totals(batch)
     if isinstance(loss, PreparedLoss):
@@ -135,7 +136,7 @@ def evaluate(loss: LossFn | CoupledLoss, totals: TotalsFn, params: PyTree, froze
 
     _, (values, stacked) = jax.lax.scan(one, None, batch)
     value, extra = loss.combine(values, batch, counts) if isinstance(loss, CoupledLoss) else (values.sum(0), {})
-    return {**merge_stacked(stacked), **extra, "loss": Mean(value * counts["loss"], counts["loss"])}
+    return {"loss": Mean(value * counts["loss"], counts["loss"]), **merge_stacked(stacked), **extra}
 
 
 def merge_stacked(metrics: Metrics) -> Metrics:
@@ -145,8 +146,14 @@ def merge_stacked(metrics: Metrics) -> Metrics:
 
 def _merge_stacked(metric: Metric) -> Metric:
     if isinstance(metric, Mean):
-        return Mean(jnp.sum(metric.total, 0), jnp.sum(metric.weight, 0))
+        return _sum_up(metric)
+    if isinstance(metric, Sum):
+        return Sum(tuple(_sum_up(part) for part in metric.parts))
     return Min(jnp.min(metric.least, 0)) if isinstance(metric, Min) else Max(jnp.max(metric.most, 0))
+
+
+def _sum_up(metric: Mean) -> Mean:
+    return Mean(jnp.sum(metric.total, 0), jnp.sum(metric.weight, 0))
 
 
 def _once(value: Array) -> Mean:

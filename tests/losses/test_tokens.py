@@ -40,6 +40,7 @@ def direct(hidden, head, predictions, temperature):
         "hits": raw.argmax(-1) == predictions.targets,
         "mean_logits": raw.mean(-1),
         "mean_logps": log_probs.mean(-1),
+        "log_square_sums": np.log(np.exp(2 * log_probs).sum(-1)),
     }
 
 
@@ -47,7 +48,9 @@ def direct(hidden, head, predictions, temperature):
 @pytest.mark.parametrize("chunk", [1, 4, 13, 64])
 def test_statistics(case, chunk, temperature):
     hidden, head, predictions = case
-    got = token_statistics(lambda h: h @ head, hidden, predictions, temperature=temperature, chunk=chunk)
+    ask = partial(token_statistics, lambda h: h @ head, hidden, predictions, temperature=temperature, chunk=chunk)
+    got = ask(square_sums=True)
+    assert ask().log_square_sums is None
     for name, wanted in direct(hidden, head, predictions, temperature).items():
         np.testing.assert_allclose(getattr(got, name), wanted, atol=2e-5, err_msg=name)
 
@@ -69,10 +72,12 @@ def test_the_gradient_is_that_of_the_whole_array(case):
 
 def test_only_logps_carry_a_gradient(case):
     hidden, head, predictions = case
-    for name in ("entropy", "hits", "mean_logits"):
-        grad = jax.grad(lambda h, name=name: getattr(token_statistics(lambda x: x @ head, h, predictions), name).sum())(
-            hidden
-        )
+    for name in ("entropy", "hits", "mean_logits", "log_square_sums"):
+
+        def total(h, name=name):
+            return getattr(token_statistics(lambda x: x @ head, h, predictions, square_sums=True), name).sum()
+
+        grad = jax.grad(total)(hidden)
         assert not np.asarray(grad).any(), name
 
 
@@ -99,9 +104,9 @@ def test_the_entropy_carries_a_gradient_on_request(case):
 
 def test_huge_logits_stay_finite(case):
     hidden, head, predictions = case
-    function = partial(token_statistics, lambda h: h @ head * 1e4, predictions=predictions)
+    function = partial(token_statistics, lambda h: h @ head * 1e4, predictions=predictions, square_sums=True)
     got = function(hidden)
-    assert all(np.isfinite(value).all() for value in got)
+    assert all(np.isfinite(np.asarray(value)).all() for value in got)
     assert np.isfinite(jax.grad(lambda h: function(h).logps.sum())(hidden)).all()
 
 

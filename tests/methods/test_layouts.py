@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign.methods import preference, sft
+from jaxalign.methods import preference, reference_free, sft
 from jaxalign.sharding import MeshConfig, data_shards, make_mesh, param_shardings, place_batch
 from jaxalign.training.step import accumulate
 from tests.layouts import ragged_pairs, ragged_texts, relative, tiny_model
@@ -37,14 +37,21 @@ def reference_filled(config, model, variables, batch):
     return jax.jit(preference.make_reference(config, model))(jax.tree.map(lambda x: x * 0.97, variables), batch)
 
 
-def run_preference(model, variables, share=True, mesh=None, loss_type="sigmoid", **layout):
-    config = preference.Config(loss_type=loss_type, beta=0.3, share_prompt=share, logits_chunk=17)
+def run_preference(model, variables, share=True, mesh=None, settings=(), **layout):
+    config = preference.Config(beta=0.3, share_prompt=share, logits_chunk=17, **dict(settings))
     shards = 1 if mesh is None else data_shards(mesh)
     batch = preference.make_batch(config, ragged_pairs(COUNT), shards=shards, **layout)
     if mesh is not None:
         batch = place_batch(mesh, batch)
         variables = jax.device_put(variables, param_shardings(mesh, variables))
     return gradient(preference, config, model, variables, reference_filled(config, model, variables, batch))
+
+
+def run_reference_free(model, variables, share=True, settings=(), **layout):
+    config = reference_free.Config(share_prompt=share, logits_chunk=17, **dict(settings))
+    return gradient(
+        reference_free, config, model, variables, reference_free.make_batch(config, ragged_pairs(COUNT), **layout)
+    )
 
 
 def run_sft(model, variables, mesh=None, **layout):
@@ -79,11 +86,23 @@ def test_preference_gradients_do_not_depend_on_the_mesh(mesh, wanted_preference)
     assert_same(run_preference(*tiny_model(), mesh=make_mesh(mesh), micro_batch_size=4), wanted_preference, 1e-5)
 
 
-@pytest.mark.parametrize("loss_type", ["ipo", "hinge"])
-def test_other_losses_split_alike(loss_type):
-    model = tiny_model()
-    whole = run_preference(*model, loss_type=loss_type, micro_batch_size=8)
-    assert_same(run_preference(*model, loss_type=loss_type, micro_batch_size=2, share=False), whole, 1e-5)
+# Those that read lengths, steps, the policy's own probabilities or a likelihood with a denominator of its own.
+READING = {
+    "lengths": (run_preference, {"loss_type": "sigmoid_norm"}),
+    "steps": (run_preference, {"loss_type": "ipo", "ld_alpha": 0.4, "f_divergence_type": "js_divergence"}),
+    "probabilities": (run_preference, {"loss_type": "hinge", "use_weighting": True}),
+    "tokens": (run_preference, {"loss_type": ("apo_zero", "sft"), "loss_weights": (0.7, 2.0)}),
+    "sums": (run_reference_free, {"beta": 0.1}),
+    "means": (run_reference_free, {"loss_type": "simpo", "beta": 2.0, "alpha": 0.25}),
+    "prompts": (run_reference_free, {"loss_type": "orpo"}),
+}
+
+
+@pytest.mark.parametrize("kind", READING)
+def test_other_losses_split_alike(kind):
+    model, (run, settings) = tiny_model(num_layers=1, windows=(9,)), READING[kind]
+    whole = run(*model, settings=settings, micro_batch_size=8)
+    assert_same(run(*model, settings=settings, micro_batch_size=2, micro_batches=5, share=False), whole, 1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +129,11 @@ def test_in_float64_only_rounding_is_left():
             assert relative(run_preference(*model, share=False, **layout)[0], whole[0]) <= 1e-10
         texts = run_sft(*model, micro_batch_size=8)
         assert relative(run_sft(*model, micro_batch_size=3, micro_batches=5)[0], texts[0]) <= 1e-10
+        model = tiny_model(dtype="float64", num_layers=1, windows=(9,))
+        for run, settings in (READING["tokens"], READING["prompts"]):
+            whole = run(*model, settings=settings, micro_batch_size=8)[0]
+            split = run(*model, settings=settings, micro_batch_size=3, micro_batches=4, share=False)[0]
+            assert relative(split, whole) <= 1e-10
 
 
 def test_the_comparison_can_fail():

@@ -154,7 +154,7 @@ def test_the_cache_gives_what_the_whole_text_gives(name, tmp_path):
 
 
 def test_the_sampler_draws_what_the_whole_text_says():
-    """All of it in one model: layers with a window and a partial, interleaved, scaled rope and layers without positions,
+    """All of it in one model: layers with a window and a partial, interleaved, scaled rope, layers without positions,
     caps, multipliers, norms before and after; prompts of different lengths in fewer slots than prompts."""
     rope = Rope(300.0, "linear", 2.0, partial=0.5, interleaved=True)
     config = ModelConfig(

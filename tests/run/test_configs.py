@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxalign.config import load_config, shipped_configs
-from jaxalign.methods.common import is_online
+from jaxalign.methods.common import is_online, needs_reference
 from jaxalign.methods.offline import pack_global
 from jaxalign.methods.rollout import pack_prompts, to_experience
 from jaxalign.run import pick_stage, prepare
@@ -50,7 +50,7 @@ def test_the_step_traces(name, stage, smollm2, monkeypatch):
 
     def train(variables, batch):
         state, frozen = method.init(picked.method, model, variables, optimizer[0], key)
-        if not is_online(method) and method.NEEDS_REFERENCE:
+        if not is_online(method) and needs_reference(method, picked.method):
             batch = method.make_reference(picked.method, model)(variables, batch)
         return method.make_step(picked.method, model, *optimizer)(state, frozen, batch)
 

@@ -48,16 +48,17 @@ def test_sft_then_dpo(settings):
     assert model.config.eos_ids == (2,)
 
 
-def test_precomputed_and_live_references_agree_and_the_cache_is_used(settings):
+def test_precomputed_and_live_references_agree_and_the_cache_is_used(settings, tmp_path):
     live = run(parse_config(settings))
     settings |= {"name": "precomputed", "method": {"name": "preference", "precompute_ref_log_probs": True}}
+    settings["model"]["reference_cache"] = str(tmp_path / "shared")
     cached = run(parse_config(settings))
     for one, other in zip(lines(live.folder), lines(cached.folder), strict=True):
         # While the policy still is the reference, which of two equal rewards is larger is a matter of rounding.
         moved = {"rewards/accuracies"} if one["step"] < 4 else set()
         for name in ((DPO | {"loss"}) & one.keys()) - moved:
             assert other[name] == pytest.approx(one[name], abs=2e-4), name
-    assert len(list((cached.folder / "reference").glob("*.npy"))) == 2
+    assert len(list((tmp_path / "shared").iterdir())) == 2  # training and evaluation data
 
 
 def test_meshes_train_alike(settings):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from jaxalign.training import metrics
 from jaxalign.training.metrics import Interval, JsonLines
-from jaxalign.types import Max, Mean, Min
+from jaxalign.types import Max, Mean, Min, Sum
 
 NUMBERS = st.floats(width=32)
 PARTS = st.one_of(
@@ -207,3 +207,13 @@ def test_trackers_that_are_unknown_or_missing_are_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="wandb, which is not installed"):
         metrics.open_writers(tmp_path, ["wandb"])
+
+
+def test_sums_of_means_merge_exactly():
+    """Per pair and per token: (3 + 1) / 4 pairs + (10 + 2) / 8 tokens, not the mean of the parts' sums."""
+    parts = [Sum((Mean(3.0, 1.0), Mean(10.0, 4.0))), Sum((Mean(1.0, 3.0), Mean(2.0, 4.0)))]
+    interval = Interval().add({"loss": parts[0]})
+    interval = Interval.from_json(json.loads(json.dumps(interval.to_json()))).add({"loss": parts[1]})
+    assert interval.values() == {"loss": 2.5}
+    assert Interval().add({"loss": Sum((Mean(0.0, 0.0), Mean(3.0, 2.0)))}).values() == {"loss": 1.5}
+    assert Interval().add({"loss": Sum((Mean(0.0, 0.0),))}).values() == {}

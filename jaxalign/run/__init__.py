@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 from jaxalign import models
 from jaxalign.config import OUTPUTS, RunConfig, Stage, read_config_text
 from jaxalign.evaluation import Comparison, Side
+from jaxalign.exchange import from_first, is_first
 from jaxalign.methods import METHODS
 from jaxalign.methods.common import trains_scores
+from jaxalign.run.backend import describe_backend
 from jaxalign.run.compare import check_prompts, compare
 from jaxalign.run.evaluate import evaluate_stage
-from jaxalign.run.folder import create_folder, describe_backend, find_folder, locked, record_stage, write_text
+from jaxalign.run.folder import check_shared, create_folder, find_folder, locked, record_stage, write_text
 from jaxalign.run.inputs import Say
 from jaxalign.run.prepare import Prepared, check_data, prepare, resolve_dtype
 from jaxalign.run.stage import MakeProgress, StageResult, finished, run_stage
@@ -60,6 +63,8 @@ def run(
 ) -> RunResult:
     """Trains every stage, or continues where the run stopped.
 
+    Of several processes (see `jaxalign.run.processes`) all call this; the first writes what is written once.
+
     Args:
       config: the run.
       fresh: start anew beside an existing folder of that name.
@@ -71,20 +76,28 @@ def run(
       FileNotFoundError, ValueError: bad input, named by file, line or key. What was saved stays.
       OSError: the folder cannot be written.
     """
-    folder, resumed = find_folder(config, fresh=fresh)
+    place, resumed = from_first(lambda: _place(find_folder(config, fresh=fresh)))
+    folder = Path(place)
     if not resumed:
         check_stages(config)
-        create_folder(config, folder)
-    with locked(folder):
+        from_first(lambda: create_folder(config, folder))
+    check_shared(folder)
+    with locked(folder) if is_first() else nullcontext():
         say(f"run: {folder} ({'continued' if resumed else 'new'})")
         say(f"backend: {describe_backend()}")
         done: dict[str, StageResult] = {}
         for stage in config.stages:
             where = folder / stage.name if stage.name else folder
-            result = finished(stage, where)
+            result = finished(stage, where) if from_first(lambda s=stage, w=where: finished(s, w) is not None) else None
             if result is None:
                 ready = prepare(resolve_inputs(stage, {name: str(each.export) for name, each in done.items()}))
-                record_stage(folder, config, stage.name or config.name, _lineage(ready))
+                lines = from_first(
+                    lambda ready=ready, stage=stage: record_stage(
+                        folder, config, stage.name or config.name, _lineage(ready)
+                    )
+                )
+                for line in lines:
+                    say(line)
                 result = run_stage(ready, where, say=say, make_progress=make_progress, show=show)
             else:
                 say(f"{stage.name or stage.method_name}: done before, its policy is in {result.export}")
@@ -92,6 +105,10 @@ def run(
             if result.export is None:
                 return RunResult(folder, tuple(done.values()), None)
         return RunResult(folder, tuple(done.values()), _compare(config, folder, done, say))
+
+
+def _place(found: tuple[Path, bool]) -> tuple[str, bool]:
+    return str(found[0]), found[1]
 
 
 def check_stages(config: RunConfig) -> None:
@@ -138,14 +155,15 @@ def _compare(config: RunConfig, folder: Path, done: Mapping[str, StageResult], s
     if config.compare is None:
         return None
     kept = folder / "compare.json"
-    if kept.is_file():
+    if from_first(kept.is_file):
         found = json.loads(kept.read_text())
         return Comparison(tuple(found["prompts"]), Side(**found["before"]), Side(**found["after"]))
     last = list(done.values())[-1]
     say(f"comparing answers to {config.compare.path} before and after")
     settings = pick_stage(config, config.stages[-1].name).data
     comparison = compare(config.compare, config.stages[0].model.path, str(last.export), settings)
-    write_text(kept, json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False) + "\n")
+    if is_first():
+        write_text(kept, json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False) + "\n")
     return comparison
 
 

@@ -14,6 +14,7 @@ import jax
 
 from jaxalign import evaluation, models, sampling
 from jaxalign.config import Stage
+from jaxalign.exchange import is_first
 from jaxalign.methods.common import has_critic, is_online, join_variables
 from jaxalign.methods.offline import OfflineSource, make_source
 from jaxalign.methods.online import OnlineSource
@@ -189,7 +190,8 @@ def _train(
     with ExitStack() as stack:
         title = stage.name or stage.method_name
         writers = open_writers(folder, stage.log.report_to, resume_step=resume_step, name=title, config=asdict(stage))
-        samples = JsonLines(folder / "samples.jsonl", resume_step) if stage.log.sample_steps else None
+        wanted = stage.log.sample_steps is not None
+        samples = JsonLines(folder / "samples.jsonl", resume_step) if wanted and is_first() else None
         for opened in (pieces.source, *writers, *([samples] if samples else [])):
             stack.callback(opened.close)
         if pieces.evaluate and stage.train.eval_on_start and restored is None:
@@ -207,7 +209,7 @@ def _train(
             restored=restored,
             writers=writers,
             evaluate=pieces.evaluate,
-            on_sample=pieces.on_sample() if samples else None,
+            on_sample=pieces.on_sample() if wanted else None,
             samples=samples,
             show=show,
             progress=stack.enter_context(progress),

@@ -7,10 +7,8 @@ import json
 import logging
 import os
 import shutil
-import sys
-import traceback
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -57,10 +55,8 @@ def main() -> None:
         console.print(f"[bold red]error:[/] {_escape(told)}", highlight=False, soft_wrap=True)
         _end(1)
     except Exception as error:
-        if not _several():
-            raise
-        traceback.print_exception(error)
-        _end(_lost_or_error(error))
+        _end(error=error)
+        raise
 
 
 @app.command()
@@ -303,24 +299,11 @@ def _expected() -> tuple[type[Exception], ...]:
     return (ValueError, OSError, FloatingPointError, RewardError, SandboxError, NoSignalError)
 
 
-def _several() -> bool:
-    import jax
+def _end(code: int | None = None, error: Exception | None = None) -> None:
+    """Ends the process where it is one of several, or where there is a code."""
+    from jaxalign.run.processes import end
 
-    return jax.distributed.is_initialized()
-
-
-def _end(code: int) -> NoReturn:
-    """Ends the process; of several without the farewell of `jax.distributed`, which waits for those that are gone."""
-    if _several():
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
-def _lost_or_error(error: Exception) -> int:
-    from jaxalign.run.processes import LOST, ProcessLostError
-
-    return LOST if isinstance(error, ProcessLostError) else 1
+    end(code, error)
 
 
 def _plain(error: BaseException) -> str:

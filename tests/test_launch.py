@@ -285,7 +285,8 @@ def test_what_tpu_machines_run(cloud, tmp_path):
     """The commands themselves, on a machine of two that is this one: start detached, leave alone, tell the status."""
     cloud.answer(*READY, ("ended ", 0, "ended 0\n"))
     tpu(cloud)
-    _, start, follow, status = [each["call"][-1] for each in cloud.records() if "ssh" in each["call"]]
+    commands = [each["call"][-1].removeprefix("--command=") for each in cloud.records() if "ssh" in each["call"]]
+    _, start, follow, status = commands
     home = tmp_path / "home"
     (home / "jaxalign-src/launch").mkdir(parents=True)
     worker = home / "jaxalign-src/launch/worker.sh"

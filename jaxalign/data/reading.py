@@ -22,6 +22,7 @@ import numpy as np
 from datasets.config import HF_DATASETS_DISABLE_PROGRESS_BARS
 from datasets.exceptions import DatasetGenerationError
 
+from jaxalign.buckets import expand, fetch, is_url
 from jaxalign.data.formats import FORMS, NEEDS, Bad, DataConfig
 
 READER = "1"  # part of every cache key: raise it when what is stored for a row changes
@@ -109,6 +110,8 @@ def read(config: DataConfig, kind: str, *, evaluation: bool = False) -> Rows:
 
 def _read(config: DataConfig) -> Rows:
     given = [config.path] if isinstance(config.path, str) else list(config.path)
+    if any(is_url(each) for each in given):
+        return _read_bucket(given, config.split)
     if len(given) == 1 and Path(given[0]).is_dir():
         return _read_folder(given[0], config.split)
     files = [file for pattern in given for file in _expand(pattern)]
@@ -117,6 +120,19 @@ def _read(config: DataConfig) -> Rows:
     if len(given) > 1:
         raise FileNotFoundError(f"no files: {', '.join(given)}")
     return _read_hub(given[0], config.name, config.split)
+
+
+def _read_bucket(given: Sequence[str], split: str) -> Rows:
+    """Files in buckets (and others), read from copies on this machine, under the names that they have there."""
+    names = [name for each in given for name in (expand(each) if is_url(each) else _expand(each))]
+    if not names:
+        raise FileNotFoundError(f"{', '.join(given)}: no file matches")
+    copies = {str(fetch(name)) if is_url(name) else name: name for name in names}
+    if folder := next((name for copy, name in copies.items() if not Path(copy).is_file()), None):
+        raise ValueError(f"{folder}: a folder; name its files, for example {folder.rstrip('/')}/*.jsonl")
+    rows = _read_files(list(copies), split)
+    hashes = {copies[copy]: digest for copy, digest in rows.hashes.items()}
+    return replace(rows, paths=tuple(copies[path] for path in rows.paths), hashes=hashes)
 
 
 def _expand(pattern: str) -> list[str]:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from jaxalign.buckets import fetch, is_url
 from jaxalign.models.config import DType, ModelConfig
 from jaxalign.models.families import FAMILIES, Tensor, from_hf, tensors
 from jaxalign.models.gguf import open_gguf
@@ -50,7 +51,8 @@ def load(
     two copies of the model.
 
     Args:
-      path: a folder with a config.json and safetensors, a `.gguf` file (or a folder with only one), or a Hub name.
+      path: a folder with a config.json and safetensors, a `.gguf` file (or a folder with only one), the URL of
+        either in a bucket (`gs://`, `s3://`), or a Hub name.
       mesh: where the parameters go, by the rules of `jaxalign.sharding`; None: the default device.
       param_dtype: the parameters are cast to it, tensor by tensor.
       compute_dtype: passed to `build`.
@@ -129,7 +131,9 @@ class Folder:
 
 
 def find_checkpoint(path: str | Path, files: list[str]) -> Path:
-    """The local folder or GGUF file behind a path or a Hub name; from the Hub come only these files."""
+    """The local folder or GGUF file behind a path, a bucket's URL or a Hub name; only these files are fetched."""
+    if is_url(path):
+        path = fetch(str(path), [*files, "*.gguf"] if files == ALL_FILES or str(path).endswith(".gguf") else files)
     local = Path(path)
     if local.is_file():
         if local.suffix != ".gguf":

@@ -233,8 +233,8 @@ def _report(
             raise ValueError(f"the processes did not come together: {said['problem']}")
         return peer, {int(number): name for number, name in said["names"].items()}
     raise ValueError(
-        f"{own} did not reach {where} within {seconds:.0f} s ({why}): is process 0 running, is this its address, and are "
-        f"this port and the one before open to it?"
+        f"{own} did not reach {where} within {seconds:.0f} s ({why}): is process 0 running, is this its address, "
+        "and are this port and the one before open?"
     )
 
 

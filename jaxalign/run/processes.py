@@ -10,6 +10,8 @@ import contextlib
 import math
 import os
 import re
+import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -134,6 +136,24 @@ def joined(environment: Mapping[str, str] | None = None) -> Iterator[Line | None
         raise
     if line is not None:
         line.leave(0, "")
+
+
+def end(code: int | None, error: Exception | None = None) -> None:
+    """Ends this process, of several without the farewell of `jax.distributed`, which waits for those that are gone.
+
+    Args:
+      code: the exit status; None: what the error leads to if there are several processes, else nothing happens here.
+      error: printed with its traceback before the end.
+    """
+    if not jax.distributed.is_initialized():
+        if code is not None:
+            sys.exit(code)
+        return
+    if error is not None:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if code is not None else LOST if isinstance(error, ProcessLostError) else MEND)
 
 
 def code_of(error: BaseException) -> int:

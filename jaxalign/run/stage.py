@@ -14,11 +14,12 @@ import jax
 
 from jaxalign import evaluation, models, sampling
 from jaxalign.config import Stage
-from jaxalign.exchange import is_first
+from jaxalign.exchange import from_first, is_first
 from jaxalign.methods.common import has_critic, is_online, join_variables
 from jaxalign.methods.offline import OfflineSource, make_source
 from jaxalign.methods.online import OnlineSource
 from jaxalign.models.config import forward_flops
+from jaxalign.run.bucket import Mirror
 from jaxalign.run.evaluate import make_evaluate
 from jaxalign.run.hardware import peak_flops
 from jaxalign.run.inputs import Examples, Say, attach_reference, load_policy
@@ -52,14 +53,14 @@ class StageResult:
     Attributes:
       name: the stage's.
       folder: its folder.
-      export: the Hugging Face folder, or None if the stage was stopped before its end.
+      export: the Hugging Face folder, or its URL in a bucket; None if the stage was stopped before its end.
       reason: `completed`, `early_stopped`, `terminated`, or `done before`.
       metrics: the latest value of every metric.
     """
 
     name: str
     folder: Path
-    export: Path | None
+    export: Path | str | None
     reason: str
     metrics: dict[str, float]
 
@@ -68,6 +69,7 @@ def run_stage(
     ready: Prepared,
     folder: Path,
     *,
+    mirror: Mirror | None = None,
     say: Say,
     make_progress: MakeProgress | None = None,
     show: loop.Show | None = None,
@@ -77,6 +79,7 @@ def run_stage(
     Args:
       ready: the stage, its inputs resolved to paths.
       folder: where the stage's files go.
+      mirror: the run's folder in a bucket, if it has one there.
       say: takes lines for the user.
       make_progress: makes the progress bar.
       show: takes what is written to samples.jsonl.
@@ -87,7 +90,10 @@ def run_stage(
         say(f"{title}: {line}")
     shape = f"{ready.num_steps} steps of {stage.train.batch_size} examples in rows of {ready.layout.length} tokens"
     say(f"{title}: {shape}, computed in {resolve_dtype(stage.model.compute_dtype)}")
-    with Checkpoints(folder / "checkpoints", save_total_limit=stage.train.save_total_limit) as checkpoints:
+    limit = stage.train.save_total_limit
+    place = folder / "checkpoints"
+    saves = Checkpoints(place, save_total_limit=limit) if mirror is None else mirror.checkpoints(stage.name, limit)
+    with saves as checkpoints:
         result = _train(ready, folder, checkpoints, say, make_progress, show)
     if result.reason == "terminated":
         say(f"{title}: stopped at step {result.step}, all is saved; the same command continues")
@@ -104,7 +110,8 @@ def run_stage(
         base_model=stage.model.path,
         method=stage.method_name,
     )
-    return StageResult(stage.name, folder, export, result.reason, last_metrics(folder))
+    given = export if mirror is None else from_first(lambda: mirror.push_export(stage.name))
+    return StageResult(stage.name, folder, given, result.reason, last_metrics(folder))
 
 
 def _exported(ready: Prepared, params: Any) -> Variables:

@@ -84,7 +84,8 @@ def test_a_bucket_without_permission(memory, monkeypatch):
 
 
 def test_a_scheme_whose_package_is_missing(monkeypatch):
-    monkeypatch.setitem(fsspec.registry.known_implementations, "s3", {"class": "no_such_package.S3", "err": "s3fs"})
+    known = {"s3": {"class": "no_such_package.S3", "err": "s3fs"}}
+    monkeypatch.setattr("fsspec.registry.known_implementations", known)
     monkeypatch.setattr("fsspec.registry._registry", {})
     with pytest.raises(OSError, match=r"s3:// needs a package: pip install 'jaxalign\[s3\]'"):
         check_writable("s3://b/runs")

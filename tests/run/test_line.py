@@ -154,7 +154,7 @@ def test_a_stranger_at_the_port_is_not_taken_for_a_process(coordinator):
 
 @pytest.mark.parametrize("address", ["here", ":80", "a:b", "a:0", "a:65535", "a:-1"])
 def test_an_address_is_host_and_port(address: str):
-    with pytest.raises(ValueError, match="JAXALIGN_COORDINATOR=.*write host:port"):
+    with pytest.raises(ValueError, match=r"JAXALIGN_COORDINATOR=.*write host:port"):
         check_address(address, "JAXALIGN_COORDINATOR")
 
 

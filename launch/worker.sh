@@ -86,8 +86,8 @@ set_flags
 "$JAXALIGN_COMMAND" run "$@" &
 child=$!
 interrupted=''
-trap 'interrupted=yes; kill -TERM "$child" 2> /dev/null' TERM
-trap 'interrupted=yes; kill -INT "$child" 2> /dev/null' INT
+# Ctrl-C too: what a script starts in the background does not listen to SIGINT.
+trap 'interrupted=yes; kill -TERM "$child" 2> /dev/null' TERM INT
 watch_notice "$child" &
 watcher=$!
 # A signal ends `wait` before the child has ended: then wait again.

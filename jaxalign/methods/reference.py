@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxalign.data import Examples
+from jaxalign.exchange import from_all
 from jaxalign.methods.common import Example
 from jaxalign.methods.offline import Layout, make_batches
 from jaxalign.sharding import place_batch
@@ -86,7 +87,9 @@ def precompute(
     """
     sizes = examples.lengths["chosen"] + examples.lengths["rejected"]
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
-    if not path.exists() or np.load(path, mmap_mode="r").shape != (int(sizes.sum()),):
+    known = path.exists() and np.load(path, mmap_mode="r").shape == (int(sizes.sum()),)
+    # All or none: the reference runs on all processes together, and their disks may differ.
+    if not from_all(np.asarray(known)).all():
         logger.info("running the reference over %d examples", len(examples))
         logps = _run(method, config, examples, layout, mesh, reference, sizes, starts)
         if jax.process_index() == 0:

@@ -179,8 +179,8 @@ def _compare(config: RunConfig, folder: Path, done: Mapping[str, StageResult], s
     if config.compare is None:
         return None
     kept = folder / "compare.json"
-    if from_first(kept.is_file):
-        found = json.loads(kept.read_text())
+    found = from_first(lambda: json.loads(kept.read_text()) if kept.is_file() else None)
+    if found is not None:
         return Comparison(tuple(found["prompts"]), Side(**found["before"]), Side(**found["after"]))
     last = list(done.values())[-1]
     say(f"comparing answers to {config.compare.path} before and after")

@@ -1,4 +1,4 @@
-"""A run whose folder is in a bucket, for which fsspec's memory file system stands in: begun here, continued elsewhere."""
+"""A run whose folder is in a bucket, for which fsspec's memory file system stands in: it goes on elsewhere."""
 
 import contextlib
 import json

@@ -97,6 +97,7 @@ def start(command) -> Callable[..., subprocess.Popen]:
         "PYTHON": sys.executable,
         "PYTHONPATH": str(ROOT),
         "XDG_CACHE_HOME": str(command / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "COLUMNS": "300",
         "JAXALIGN_START_TIMEOUT": "120",
     }
@@ -149,16 +150,18 @@ def whole(start, config) -> Path:
     return config.parent / "runs" / "whole"
 
 
-def assert_same_losses(folder: Path, whole: Path) -> None:
+def assert_same_losses(folder: Path, whole: Path, *stages: str) -> None:
     """Every step once, and in every number equal to 1e-4 relative."""
-    for stage in ("sft", "dpo"):
+    for stage in stages:
         found, expected = lines(folder / stage), lines(whole / stage)
         assert [record["step"] for record in found] == [record["step"] for record in expected]
         assert sum("loss" in record for record in found) == 10
         for ours, theirs in zip(found, expected, strict=True):
             for name in ("loss", "grad_norm", "num_tokens", "rewards/margins", "train_loss"):
                 if name in theirs:
-                    np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, err_msg=f"{stage} {name}")
+                    np.testing.assert_allclose(
+                        ours[name], theirs[name], rtol=1e-4, atol=1e-6, err_msg=f"{stage} {name}"
+                    )
         assert (folder / stage / "export" / "model.safetensors").is_file()
 
 
@@ -178,7 +181,7 @@ def test_two_by_four_stopped_goes_on_as_one_by_eight(start, config, whole):
     assert 3 <= logged(folder / "dpo") < 10
     output = finish(start(1, 8, config, "name=stopped"))
     assert "begun on 8 device(s) in 2 process(es), goes on on 8 device(s) in 1 process(es)" in output
-    assert_same_losses(folder, whole)
+    assert_same_losses(folder, whole, "sft", "dpo")
     layouts = json.loads((folder / "manifest.json").read_text())["stages"]["dpo"]["layouts"]
     assert layouts == [{"devices": 8, "processes": 2}, {"devices": 8, "processes": 1}]
 
@@ -203,10 +206,13 @@ def worker(launcher: int, number: int) -> int:
 @pytest.mark.slow
 def test_one_of_four_killed_is_named_and_the_next_start_goes_on_exactly(start, config, whole):
     folder = config.parent / "runs" / "killed"
-    process = start(4, 2, config, "name=killed")
+    alone = config.with_name("sft.json")
+    settings = json.loads(config.read_text())
+    alone.write_text(json.dumps({**settings, "stages": settings["stages"][:1]}))
+    process = start(4, 2, alone, "name=killed", "train.micro_batch_size=16")
 
     def ready() -> bool:
-        return logged(folder / "dpo") >= 6 and not saving(folder / "dpo")
+        return logged(folder / "sft") >= 6 and not saving(folder / "sft")
 
     assert wait_until(ready, process, 400)
     victim = worker(process.pid, 2)
@@ -219,12 +225,12 @@ def test_one_of_four_killed_is_named_and_the_next_start_goes_on_exactly(start, c
         if "starting again" in line:
             break
     assert time.monotonic() - killed < 60
-    before = [record for record in lines(folder / "dpo") if record["step"] <= 10]
+    before = [record for record in lines(folder / "sft") if record["step"] <= 10]
     text = "".join(told)
     assert text.count(f"pid {victim}) stopped the run: it died without a word") == 3, text
     assert f"ended with status {LOST}" in text
     finish(process)
     # What was logged after the last checkpoint is computed again, bit for bit.
-    after = [record for record in lines(folder / "dpo") if record["step"] <= len(before)]
+    after = [record for record in lines(folder / "sft") if record["step"] <= len(before)]
     assert len(before) >= 6 and before == after[: len(before)]
-    assert_same_losses(folder, whole)
+    assert_same_losses(folder, whole, "sft")

@@ -151,9 +151,11 @@ install() {
 
 # What the machines run. A run that is under way is left alone, and so is its installation.
 RUNNING='[ -s run.pid ] && kill -0 "$(cat run.pid)" 2> /dev/null'
-INSTALL="$RUNNING || { rm -rf jaxalign-src && mkdir jaxalign-src && tar -xzf jaxalign.tgz -C jaxalign-src &&
-  python3 -m venv .jaxalign && .jaxalign/bin/pip install --quiet --upgrade pip &&
-  .jaxalign/bin/pip install --quiet --constraint jaxalign-src/constraints.txt './jaxalign-src[tpu,gcs]'; }"
+# The machines' own Python may be older than jaxalign wants: uv brings one.
+INSTALL="$RUNNING || { rm -rf jaxalign-src .jaxalign && mkdir jaxalign-src && tar -xzf jaxalign.tgz -C jaxalign-src &&
+  python3 -m pip install --quiet --user uv && .local/bin/uv venv --quiet --python 3.12 .jaxalign &&
+  .local/bin/uv pip install --quiet --python .jaxalign/bin/python --constraint jaxalign-src/constraints.txt \
+    './jaxalign-src[tpu,gcs]'; }"
 # Detached: it goes on when this machine, or the connection to it, does not.
 printf -v quoted '%q ' jaxalign.yaml "runs_dir=$bucket" "$@"
 START="$RUNNING || { rm -f run.status; PATH=\$HOME/.jaxalign/bin:\$PATH JAXALIGN_PROCESSES=auto nohup setsid \

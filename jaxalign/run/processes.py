@@ -72,7 +72,7 @@ def find_group(environment: Mapping[str, str], *, chips: int = 0) -> Group | Non
     given = {name: environment[name].strip() for name in NAMES if environment.get(name, "").strip()}
     scheduler = next((each for each in SCHEDULERS if {each[1], each[2], each[4]} <= set(environment)), None)
     if given.get("JAXALIGN_PROCESSES") == "auto":
-        return Group("TPU" if chips else "auto")
+        return Group("JAXALIGN_PROCESSES=auto")
     if not given:
         return _from_scheduler(environment, scheduler, chips)
     origin = "JAXALIGN_*"

@@ -42,7 +42,7 @@ EXPLICIT = {"JAXALIGN_COORDINATOR": "h:80", "JAXALIGN_PROCESSES": "4", "JAXALIGN
         ({**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, 0, None),
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, 0, Group("Open MPI")),
         ({}, 4, Group("TPU")),
-        ({"JAXALIGN_PROCESSES": "auto"}, 0, Group("auto")),
+        ({"JAXALIGN_PROCESSES": "auto"}, 4, Group("JAXALIGN_PROCESSES=auto")),
         ({"JAXALIGN_PROCESSES": "1"}, 0, None),
         ({**EXPLICIT, "JAXALIGN_PROCESSES": "1", "JAXALIGN_PROCESS": "0"}, 4, None),
     ],

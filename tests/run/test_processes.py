@@ -122,13 +122,31 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
     return output
 
 
+REWARD = """
+import os, pathlib
+
+def tenths(completions, **columns):
+    with pathlib.Path(__file__).with_name("calls").open("a") as file:
+        file.write(f"{os.getpid()} {len(completions)}\\n")
+    return [sum(map(ord, str(completion))) % 11 / 10 for completion in completions]
+"""
+
+
 @pytest.fixture(scope="module")
 def config(tiny, pairs, tmp_path_factory) -> Path:
-    """SFT in two micro-batches, then DPO from it with the reference's log-probs computed first; 10 steps each."""
+    """SFT in two micro-batches, GRPO, and DPO with the reference's log-probs computed first; 10, 2 and 10 steps."""
     folder = tmp_path_factory.mktemp("processes")
     sft = {"name": "sft", "method": {"name": "sft"}, "data": {"columns": {"completion": "chosen"}}}
     dpo = {"name": "dpo", "method": {"name": "preference", "precompute_ref_log_probs": True}}
     dpo |= {"model": {"path": "sft.policy"}, "train": {"micro_batch_size": 16}}
+    (folder / "own.py").write_text(REWARD)
+    grpo = {
+        "name": "grpo",
+        "model": {"path": "sft.policy"},
+        "method": {"name": "grpo", "num_generations": 3, "max_completion_length": 6, "beta": 0.1},
+        "rollout": {"rewards": [{"name": f"{folder}/own.py:tenths"}]},
+        "train": {"batch_size": 4, "micro_batch_size": 4, "max_steps": 2},
+    }
     settings = {
         "runs_dir": str(folder / "runs"),
         "model": {"path": str(tiny)},
@@ -136,7 +154,7 @@ def config(tiny, pairs, tmp_path_factory) -> Path:
         "optimizer": {"learning_rate": 1e-3},
         "train": {"batch_size": 16, "micro_batch_size": 8, "max_steps": 10, "save_steps": 4},
         "log": {"logging_steps": 1},
-        "stages": [sft, dpo],
+        "stages": [sft, grpo, dpo],
     }
     path = folder / "config.json"
     path.write_text(json.dumps(settings))  # JSON is YAML
@@ -155,9 +173,9 @@ def assert_same_losses(folder: Path, whole: Path, *stages: str) -> None:
     for stage in stages:
         found, expected = lines(folder / stage), lines(whole / stage)
         assert [record["step"] for record in found] == [record["step"] for record in expected]
-        assert sum("loss" in record for record in found) == 10
+        assert sum("loss" in record for record in found) == (2 if stage == "grpo" else 10)
         for ours, theirs in zip(found, expected, strict=True):
-            for name in ("loss", "grad_norm", "num_tokens", "rewards/margins", "train_loss"):
+            for name in ("loss", "grad_norm", "num_tokens", "rewards/margins", "reward", "kl", "train_loss"):
                 if name in theirs:
                     np.testing.assert_allclose(
                         ours[name], theirs[name], rtol=1e-4, atol=1e-6, err_msg=f"{stage} {name}"
@@ -181,7 +199,10 @@ def test_two_by_four_stopped_goes_on_as_one_by_eight(start, config, whole):
     assert 3 <= logged(folder / "dpo") < 10
     output = finish(start(1, 8, config, "name=stopped"))
     assert "begun on 8 device(s) in 2 process(es), goes on on 8 device(s) in 1 process(es)" in output
-    assert_same_losses(folder, whole, "sft", "dpo")
+    assert_same_losses(folder, whole, "sft", "grpo", "dpo")
+    # One process scored 4 prompts of 3 completions, of two processes each 2 prompts of its own.
+    calls = [int(line.split()[1]) for line in (config.parent / "calls").read_text().splitlines()]
+    assert calls == [12, 12, 6, 6, 6, 6]
     layouts = json.loads((folder / "manifest.json").read_text())["stages"]["dpo"]["layouts"]
     assert layouts == [{"devices": 8, "processes": 2}, {"devices": 8, "processes": 1}]
 

@@ -7,6 +7,7 @@ connections stay open: one that closes without a farewell is a process that died
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -51,8 +52,9 @@ class Line:
     def leave(self, code: int, text: str) -> None:
         """Says farewell: the others go on when the code is 0, else they stop with this code too.
 
-        With `lost`, somebody else is probably the cause: who that is gets time to show first, and then this does not
-        return.
+        After an error the connection closes with the process, which should end soon: process 0 waits for that, because
+        jax aborts whoever outlives process 0. With `lost`, somebody else is probably the cause: who that is gets time
+        to show first, and then this does not return.
         """
         if code == self.lost:
             time.sleep(FAREWELL)
@@ -61,14 +63,16 @@ class Line:
                 threading.Event().wait()  # the process ends in another thread
             self._leaving = True
         self._tell({"from": self.process, "code": code, "text": text}, self.peers)
-        if code:
+        if code and self.process == 0:
             self._see_off()
-        for peer in self.peers.values():
-            peer.close()
+        if not code:
+            for peer in self.peers.values():
+                peer.close()
 
     def _listen(self, number: int, peer: Peer) -> None:
         message = peer.receive()
-        self._gone.add(number)
+        if message is None or not message["code"]:
+            self._gone.add(number)
         if message is None:
             message = {"from": number, "code": self.lost, "text": "it died without a word; its own log says more"}
         with self._lock:
@@ -77,6 +81,9 @@ class Line:
             self._leaving = True
         if self.process == 0:  # the one whom everybody listens to, and whom they need as long as they speak
             self._tell(message, [other for other in self.peers if other not in (message["from"], number)])
+            with contextlib.suppress(TimeoutError):
+                peer.receive(time.monotonic() + FAREWELL)
+            self._gone.add(number)
             self._see_off()
         self.stop(int(message["code"]), f"{self.names[message['from']]} stopped the run: {message['text']}")
 

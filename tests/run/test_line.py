@@ -49,12 +49,18 @@ def together(coordinator: str, count: int) -> tuple[list[Line], list[tuple[int, 
 
         def stop(code: int, text: str, line: Line = line) -> None:
             ended.append((line.process, code, text))
-            for peer in line.peers.values():
-                peer.close()
+            hang_up(line)
 
         line.stop = stop
         line.watch()
     return lines, ended
+
+
+def hang_up(line: Line) -> None:
+    """What the kernel does when a process ends."""
+    for peer in line.peers.values():
+        peer._socket.shutdown(socket.SHUT_RDWR)
+        peer.close()
 
 
 def wait_for(ended: list, count: int) -> dict[int, tuple[int, str]]:
@@ -79,8 +85,14 @@ def test_all_come_and_go(coordinator):
 @pytest.mark.parametrize("who", [0, 2])
 def test_the_others_are_told_of_an_error(coordinator, who: int):
     lines, ended = together(coordinator, 4)
-    lines[who].leave(1, "data/x.jsonl: no rows")
+    leaving = threading.Thread(target=lines[who].leave, args=(1, "data/x.jsonl: no rows"))
+    leaving.start()
+    if who:
+        time.sleep(0.5)
+        assert 0 not in {process for process, _, _ in ended}  # it waits until the other has ended
+        hang_up(lines[who])
     found = wait_for(ended, 3)
+    leaving.join(10)
     assert set(found) == {0, 1, 2, 3} - {who}
     for code, text in found.values():
         assert code == 1 and text.startswith(f"process {who} (") and text.endswith("data/x.jsonl: no rows")
@@ -90,9 +102,7 @@ def test_the_others_are_told_of_an_error(coordinator, who: int):
 def test_the_dead_are_named(coordinator, who: int):
     lines, ended = together(coordinator, 4)
     lines[who]._leaving = True  # the threads of what was killed do nothing
-    for peer in lines[who].peers.values():
-        peer._socket.shutdown(socket.SHUT_RDWR)  # what the kernel does when a process is killed
-        peer.close()
+    hang_up(lines[who])
     found = wait_for(ended, 3)
     assert set(found) == {0, 1, 2, 3} - {who}
     assert all(code == LOST and f"process {who} (" in text and "died" in text for code, text in found.values())

@@ -1,5 +1,6 @@
 """Files in buckets, with fsspec's memory and local file systems in their place."""
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -84,9 +85,10 @@ def test_a_bucket_without_permission(memory, monkeypatch):
 
 
 def test_a_scheme_whose_package_is_missing(monkeypatch):
-    known = {"s3": {"class": "no_such_package.S3", "err": "s3fs"}}
-    monkeypatch.setattr("fsspec.registry.known_implementations", known)
-    monkeypatch.setattr("fsspec.registry._registry", {})
+    registry = importlib.import_module("fsspec.registry")  # fsspec.registry is what is in it
+    known = {"s3": {"class": "no_such_package.S3", "err": "Install s3fs to access S3"}}
+    monkeypatch.setattr(registry, "known_implementations", known)
+    monkeypatch.setattr(registry, "_registry", {})
     with pytest.raises(OSError, match=r"s3:// needs a package: pip install 'jaxalign\[s3\]'"):
         check_writable("s3://b/runs")
 

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,7 +53,10 @@ def main() -> None:
             raise
         told = "\n".join([_plain(error), *getattr(error, "__notes__", ())])
         console.print(f"[bold red]error:[/] {_escape(told)}", highlight=False, soft_wrap=True)
-        sys.exit(1)
+        _end(1)
+    except Exception as error:
+        _end(error=error)
+        raise
 
 
 @app.command()
@@ -65,11 +67,22 @@ def run(
 ) -> None:
     """Train what CONFIG says; the same command continues a run that was stopped."""
     from jaxalign import run as runs
+    from jaxalign.exchange import is_first
     from jaxalign.run.compare import comparison_tables
+    from jaxalign.run.processes import SAVED, joined
 
     _keep_compiled()
-    loaded = _load(config, overrides)
-    result = runs.run(loaded, fresh=fresh, say=_say, make_progress=_progress, show=_show_samples)
+    with joined():
+        loaded = _load(config, overrides)
+        if is_first():
+            result = runs.run(loaded, fresh=fresh, say=_say, make_progress=_progress, show=_show_samples)
+        else:  # what all have to say, the first one says
+            logging.getLogger().setLevel(logging.ERROR)
+            result = runs.run(loaded, fresh=fresh)
+    if any(stage.reason == "terminated" for stage in result.stages):
+        raise typer.Exit(SAVED)
+    if not is_first():
+        return
     for stage in result.stages:
         if stage.export is not None:
             _metrics_table(stage.name or "result", stage.metrics)
@@ -78,8 +91,6 @@ def run(
             console.print(table)
     if result.stages and result.stages[-1].export is not None:
         _say(f"policy: {result.stages[-1].export}")
-    if any(stage.reason == "terminated" for stage in result.stages):
-        raise typer.Exit(143)
 
 
 @app.command()
@@ -291,6 +302,13 @@ def _expected() -> tuple[type[Exception], ...]:
     from jaxalign.rewards import RewardError, SandboxError
 
     return (ValueError, OSError, FloatingPointError, RewardError, SandboxError, NoSignalError)
+
+
+def _end(code: int | None = None, error: Exception | None = None) -> None:
+    """Ends the process where it is one of several, or where there is a code."""
+    from jaxalign.run.processes import end
+
+    end(code, error)
 
 
 def _plain(error: BaseException) -> str:

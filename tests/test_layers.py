@@ -15,7 +15,7 @@ PACKAGE = ROOT / "jaxalign"
 ORDER = (
     ("types",),
     ("packing",),
-    ("losses", "sharding"),
+    ("losses", "sharding", "exchange", "buckets"),
     ("models",),
     ("sampling",),
     ("data",),
@@ -31,7 +31,7 @@ ORDER = (
     ("__main__",),
 )
 STAGES = {name: stage for stage, names in enumerate(ORDER) for name in names}
-ONLY = {"training": {"types", "sharding"}}
+ONLY = {"training": {"types", "sharding", "exchange"}}
 NEVER = {"methods": {"training.checkpoint", "training.metrics"}}
 DOORS = {
     "flax": ("models/",),

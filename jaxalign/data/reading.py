@@ -19,6 +19,8 @@ import numpy as np
 from datasets.config import HF_DATASETS_DISABLE_PROGRESS_BARS
 from datasets.exceptions import DatasetGenerationError
 
+from jaxalign.buckets import expand as expand_url
+from jaxalign.buckets import fetch, is_url
 from jaxalign.data.adapters import FORMATS, adapt, detect
 from jaxalign.data.files import LINE, OPENERS, RAW, csv_rows, json_rows, parse_json
 from jaxalign.data.formats import FORMS, NEEDS, Bad, DataConfig
@@ -205,6 +207,8 @@ def _read(config: DataConfig) -> Rows:
     if config.path is None:
         raise ValueError("data.path is missing: name what to read")
     given = [config.path] if isinstance(config.path, str) else list(config.path)
+    if any(is_url(each) for each in given):
+        return _read_bucket(given, config.split)
     if len(given) == 1 and Path(given[0]).is_dir():
         return _read_folder(given[0], config.split)
     files = [file for pattern in given for file in expand(pattern)]
@@ -213,6 +217,19 @@ def _read(config: DataConfig) -> Rows:
     if len(given) > 1:
         raise FileNotFoundError(f"no files: {', '.join(given)}")
     return _read_hub(given[0], config.name, config.split)
+
+
+def _read_bucket(given: Sequence[str], split: str) -> Rows:
+    """Files in buckets (and others), read from copies on this machine, under the names that they have there."""
+    names = [name for each in given for name in (expand_url(each) if is_url(each) else expand(each))]
+    if not names:
+        raise FileNotFoundError(f"{', '.join(given)}: no file matches")
+    copies = {str(fetch(name)) if is_url(name) else name: name for name in names}
+    if folder := next((name for copy, name in copies.items() if not Path(copy).is_file()), None):
+        raise ValueError(f"{folder}: a folder; name its files, for example {folder.rstrip('/')}/*.jsonl")
+    rows = _read_files(list(copies), split)
+    hashes = {copies[copy]: digest for copy, digest in rows.hashes.items()}
+    return replace(rows, paths=tuple(copies[path] for path in rows.paths), hashes=hashes)
 
 
 def expand(pattern: str) -> list[str]:

@@ -151,12 +151,8 @@ def make_layout(
     Raises:
       ValueError: a micro-batch that the processes cannot share evenly, or an example longer than `row_length`.
     """
-    processes = jax.process_count()
     micro = micro_batch_size or batch_size
-    if micro % processes:
-        raise ValueError(f"train.micro_batch_size={micro} must be a multiple of the number of processes ({processes})")
-    if data_shards(mesh) % processes:
-        raise ValueError(f"mesh: data × fsdp = {data_shards(mesh)} must be a multiple of the {processes} processes")
+    shards, process, processes = split(mesh, micro)
     longest = max(_longest(method, config, each, max_length) for each in examples)
     if isinstance(row_length, int):
         if row_length < longest:
@@ -173,8 +169,23 @@ def make_layout(
         weight = attention_weight(model)
         needed = max(longest, least)
         length = choose_length(pieces, micro, attention_weight=weight, multiple=multiple, longest=needed)
-    shards = data_shards(mesh) // processes
-    return Layout(batch_size, micro, length, shards, jax.process_index(), processes, max_length)
+    return Layout(batch_size, micro, length, shards, process, processes, max_length)
+
+
+def split(mesh: Mesh, micro_batch_size: int) -> tuple[int, int, int]:
+    """How micro-batches are shared: data shards of a process, number of this process, number of processes.
+
+    Raises:
+      ValueError: the processes cannot share a micro-batch, or the data shards, evenly.
+    """
+    processes = jax.process_count()
+    if micro_batch_size % processes:
+        raise ValueError(
+            f"train.micro_batch_size={micro_batch_size} must be a multiple of the number of processes ({processes})"
+        )
+    if data_shards(mesh) % processes:
+        raise ValueError(f"mesh: data × fsdp = {data_shards(mesh)} must be a multiple of the {processes} processes")
+    return data_shards(mesh) // processes, jax.process_index(), processes
 
 
 def attention_weight(model: ModelConfig) -> float:

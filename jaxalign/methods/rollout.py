@@ -8,14 +8,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxalign import sampling
 from jaxalign.methods.offline import Layout
 from jaxalign.models import Model
 from jaxalign.packing import Document, build, pieces_of, plan
 from jaxalign.sampling.choose import Config as SamplingConfig
-from jaxalign.sharding import Mesh, data_shards, place_batch
-from jaxalign.types import Array, Batch, Experience, Max, Mean, Metrics, Min, PyTree, Samples, Variables
+from jaxalign.sharding import Mesh, data_shards, place_batch, replicated
+from jaxalign.types import Array, Batch, Experience, Max, Mean, Metrics, Min, Predictions, PyTree, Samples, Variables
 
 # (params, batch on the mesh) -> float32 [micro, rows, predictions]
 Pass = Callable[[PyTree, Batch], Array]
@@ -43,7 +44,9 @@ def make_draw(
       decode: token ids as text; needed with `stops`.
     """
     shards = data_shards(mesh)
-    generate = jax.jit(sampling.make_generate(model, config, mesh if mesh.size > 1 else None))
+    # Every process packs from the whole rollout.
+    whole = replicated(mesh) if jax.process_count() > 1 else None
+    generate = jax.jit(sampling.make_generate(model, config, mesh if mesh.size > 1 else None), out_shardings=whole)
     decoding = sampling.make_decoding(model, mesh if mesh.size > 1 else None)
 
     def draw(variables: Variables, prompts: Sequence[np.ndarray], key: jax.Array) -> Samples:
@@ -162,9 +165,14 @@ def run_passes(
         members = np.arange(start, min(start + layout.batch_size, total))
         host = pack_prompts(experience, members, layout, share_prompt=share_prompt)
         batch = place_batch(mesh, host)
-        first = start * experience.num_generations
+        first, predictions = start * experience.num_generations, host.predictions
+        if layout.processes > 1:
+            predictions = multihost_utils.process_allgather(batch.predictions, tiled=True)
         for name, run in passes.items():
-            _scatter(found[name][first:], np.asarray(run(params, batch)), host, layout, experience.num_generations)
+            values = run(params, batch)
+            if layout.processes > 1:
+                values = multihost_utils.process_allgather(values, tiled=True)
+            _scatter(found[name][first:], np.asarray(values), predictions, layout, experience.num_generations)
     return replace(experience, fields={**experience.fields, **found})
 
 
@@ -201,9 +209,9 @@ def spread(name: str, values: np.ndarray) -> Metrics:
     }
 
 
-def _scatter(target: np.ndarray, values: np.ndarray, batch: Batch, layout: Layout, size: int) -> None:
+def _scatter(target: np.ndarray, values: np.ndarray, predictions: Predictions, layout: Layout, size: int) -> None:
     """Writes `[micro, rows, predictions]` into `[completions, steps]`, in place."""
-    completions, steps = np.asarray(batch.predictions.completions), np.asarray(batch.predictions.steps)
+    completions, steps = np.asarray(predictions.completions), np.asarray(predictions.steps)
     for micro in range(len(values)):
         real = completions[micro] >= 0
         target[micro * layout.micro_batch_size * size + completions[micro][real], steps[micro][real]] = values[micro][

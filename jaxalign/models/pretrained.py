@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from jaxalign.buckets import fetch, is_url
 from jaxalign.models.config import DType, ModelConfig
 from jaxalign.models.families import from_hf, stored_name, tensors
 from jaxalign.models.family import Tensor
@@ -56,7 +57,8 @@ def load(
 
     Args:
       path: a folder with a config.json and safetensors, a `.gguf` file (or a folder with only one), a PEFT adapter's
-        folder (its base is loaded and the adapter merged into it, in float32), or a Hub name of one of these.
+        folder (its base is loaded and the adapter merged into it, in float32), the URL of one of these in a bucket
+        (`gs://`, `s3://`), or a Hub name.
       mesh: where the parameters go, by the rules of `jaxalign.sharding`; None: the default device.
       param_dtype: the parameters are cast to it, tensor by tensor.
       compute_dtype: passed to `build`.
@@ -141,7 +143,9 @@ class Folder:
 
 
 def find_checkpoint(path: str | Path, files: list[str]) -> Path:
-    """The local folder or GGUF file behind a path or a Hub name; from the Hub come only these files."""
+    """The local folder or GGUF file behind a path, a bucket's URL or a Hub name; only these files are fetched."""
+    if is_url(path):
+        path = fetch(str(path), [*files, "*.gguf"] if files == ALL_FILES or str(path).endswith(".gguf") else files)
     local = Path(path)
     if local.is_file():
         if local.suffix != ".gguf":

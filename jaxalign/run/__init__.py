@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jaxalign import models
+from jaxalign.buckets import is_url
 from jaxalign.config import OUTPUTS, RunConfig, Stage, read_config_text
 from jaxalign.evaluation import Comparison, Side
+from jaxalign.exchange import from_first, is_first
 from jaxalign.methods import METHODS
 from jaxalign.methods.common import trains_scores
 from jaxalign.models.identity import adapter_fingerprint
+from jaxalign.run.backend import describe_backend
+from jaxalign.run.bucket import Mirror, export_url, working
 from jaxalign.run.compare import check_prompts, compare
 from jaxalign.run.evaluate import evaluate_stage
-from jaxalign.run.folder import create_folder, describe_backend, find_folder, locked, record_stage, write_text
+from jaxalign.run.folder import check_shared, create_folder, find_folder, locked, record_stage, write_text
 from jaxalign.run.inputs import Say
 from jaxalign.run.prepare import Prepared, check_data, prepare, resolve_dtype
 from jaxalign.run.stage import MakeProgress, StageResult, finished, run_stage
@@ -43,7 +49,7 @@ class RunResult:
     """What a run left behind.
 
     Attributes:
-      folder: the run's.
+      folder: the run's, on this machine.
       stages: in order; fewer than configured if the run was stopped.
       comparison: before and after, if the config asks for it and the run came to its end.
     """
@@ -63,6 +69,8 @@ def run(
 ) -> RunResult:
     """Trains every stage, or continues where the run stopped.
 
+    Of several processes (see `jaxalign.run.processes`) all call this; the first writes what is written once.
+
     Args:
       config: the run.
       fresh: start anew beside an existing folder of that name.
@@ -74,27 +82,60 @@ def run(
       FileNotFoundError, ValueError: bad input, named by file, line or key. What was saved stays.
       OSError: the folder cannot be written.
     """
-    folder, resumed = find_folder(config, fresh=fresh)
-    if not resumed:
-        check_stages(config)
-        create_folder(config, folder)
-    with locked(folder):
-        say(f"run: {folder} ({'continued' if resumed else 'new'})")
-        say(f"backend: {describe_backend()}")
-        done: dict[str, StageResult] = {}
+    with working(config, fresh) if is_url(config.runs_dir) else nullcontext(config) as here:
+        place, resumed = from_first(lambda: _place(find_folder(here, fresh=fresh)))
+        folder = Path(place)
+        mirror = Mirror(f"{config.runs_dir.rstrip('/')}/{folder.name}", folder) if here is not config else None
+        if not resumed:
+            check_stages(config)
+            from_first(lambda: create_folder(here, folder))
+        if mirror is None:
+            check_shared(folder)
+        with locked(folder) if is_first() else nullcontext():
+            say(f"run: {mirror.url if mirror else folder} ({'continued' if resumed else 'new'})")
+            say(f"backend: {describe_backend()}")
+            return _run_stages(config, folder, mirror, say, make_progress, show)
+
+
+def _run_stages(
+    config: RunConfig,
+    folder: Path,
+    mirror: Mirror | None,
+    say: Say,
+    make_progress: MakeProgress | None,
+    show: Show | None,
+) -> RunResult:
+    done: dict[str, StageResult] = {}
+    with ExitStack() as stack:
+        if mirror is not None:
+            stack.callback(mirror.push)
         for stage in config.stages:
             where = folder / stage.name if stage.name else folder
-            result = finished(stage, where)
-            if result is None:
-                ready = prepare(resolve_inputs(stage, {name: str(each.export) for name, each in done.items()}))
-                record_stage(folder, config, stage.name or config.name, _lineage(ready))
-                result = run_stage(ready, where, say=say, make_progress=make_progress, show=show)
-            else:
+            if from_first(lambda stage=stage, where=where: finished(stage, where) is not None):
+                result = finished(stage, where) or StageResult(stage.name, where, where / "export", "done before", {})
+                if mirror is not None:
+                    result = replace(result, export=mirror.export_url(stage.name))
                 say(f"{stage.name or stage.method_name}: done before, its policy is in {result.export}")
+            else:
+                ready = prepare(resolve_inputs(stage, {name: str(each.export) for name, each in done.items()}))
+                for line in from_first(partial(_record, config, folder, mirror, stage, ready)):
+                    say(line)
+                result = run_stage(ready, where, mirror=mirror, say=say, make_progress=make_progress, show=show)
             done[stage.name] = result
             if result.export is None:
                 return RunResult(folder, tuple(done.values()), None)
         return RunResult(folder, tuple(done.values()), _compare(config, folder, done, say))
+
+
+def _record(config: RunConfig, folder: Path, mirror: Mirror | None, stage: Stage, ready: Prepared) -> list[str]:
+    lines = record_stage(folder, config, stage.name or config.name, _lineage(ready))
+    if mirror is not None:
+        mirror.push()
+    return lines
+
+
+def _place(found: tuple[Path, bool]) -> tuple[str, bool]:
+    return str(found[0]), found[1]
 
 
 def check_stages(config: RunConfig) -> None:
@@ -149,14 +190,15 @@ def _compare(config: RunConfig, folder: Path, done: Mapping[str, StageResult], s
     if config.compare is None:
         return None
     kept = folder / "compare.json"
-    if kept.is_file():
-        found = json.loads(kept.read_text())
+    found = from_first(lambda: json.loads(kept.read_text()) if kept.is_file() else None)
+    if found is not None:
         return Comparison(tuple(found["prompts"]), Side(**found["before"]), Side(**found["after"]))
     last = list(done.values())[-1]
     say(f"comparing answers to {config.compare.path} before and after")
     settings = pick_stage(config, config.stages[-1].name).data
     comparison = compare(config.compare, config.stages[0].model.path, str(last.export), settings)
-    write_text(kept, json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False) + "\n")
+    if is_first():
+        write_text(kept, json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False) + "\n")
     return comparison
 
 
@@ -181,8 +223,8 @@ def pick_stage(config: RunConfig, name: str | None, *, trained: bool = False) ->
             return replace(inputs, data=replace(inputs.data, chat_template_path=template))
         origins[stage.name] = inputs.model.path
         if trained:
-            export = Path(config.runs_dir) / config.name / stage.name / "export"
-            if name is not None and not export.is_dir():
+            export = export_url(config, stage.name)
+            if name is not None and not is_url(export) and not Path(export).is_dir():
                 raise ValueError(
                     f"{export} does not exist: `jaxalign run` this config first, or judge an earlier stage"
                 )

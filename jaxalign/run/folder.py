@@ -9,6 +9,8 @@ import json
 import os
 import platform
 import sys
+import time
+import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import jax
 
 from jaxalign.config import RunConfig, config_text, difference, read_config_text
+from jaxalign.exchange import from_first
 
 PACKAGES = (
     "jaxalign",
@@ -112,42 +115,66 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def record_stage(folder: Path, config: RunConfig, name: str, lineage: dict[str, Any]) -> None:
-    """Keeps in manifest.json versions, seeds and hardware of the first start, and where a stage's inputs came from.
+def check_shared(folder: Path) -> None:
+    """Checks that all processes see the same folder.
 
     Raises:
-      ValueError: the stage was begun with other inputs or devices: going on would not be the same run.
+      ValueError: this one sees another, or none: every machine has a runs_dir of its own.
+    """
+    if jax.process_count() == 1:
+        return
+    mark = folder / ".seen"
+
+    def leave() -> str:
+        write_text(mark, token := uuid.uuid4().hex)
+        return token
+
+    token = from_first(leave)
+    for wait in (0, 1, 5, 10):  # network file systems may remember for seconds that a file was not there
+        time.sleep(wait)
+        if mark.is_file() and mark.read_text() == token:
+            return
+    raise ValueError(
+        f"{folder} is not the same folder on process {jax.process_index()} ({platform.node()}) as on process 0: set "
+        "runs_dir to a folder that all machines share"
+    )
+
+
+def record_stage(folder: Path, config: RunConfig, name: str, lineage: dict[str, Any]) -> list[str]:
+    """Keeps in manifest.json versions, seeds and hardware of the first start, and where a stage's inputs came from.
+
+    Devices and processes may change from start to start: batches stay the same, and sums are added up in another order.
+    All that there were are kept.
+
+    Returns:
+      Lines for the user.
+
+    Raises:
+      ValueError: the stage was begun with other inputs: going on would not be the same run.
     """
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text()) if path.is_file() else _first(config)
-    lineage = json.loads(json.dumps({**lineage, "devices": jax.device_count()}, default=str))
-    begun = manifest["stages"].get(name)
-    if begun is not None and begun != lineage:
-        changes = "".join(f"\n  {line}" for line in difference(begun, lineage))
+    lineage = json.loads(json.dumps(lineage, default=str))
+    begun = manifest["stages"].get(name, {})
+    before = {key: value for key, value in begun.items() if key not in ("devices", "layouts")}
+    if begun and before != lineage:
+        changes = "".join(f"\n  {line}" for line in difference(before, lineage))
         raise ValueError(
             f"{folder}: stage {name} was begun with other inputs; bring them back or give --fresh:{changes}"
         )
-    manifest["stages"][name] = lineage
+    # Manifests of version 0.1 say how many devices there were, and no more.
+    kept = begun.get("layouts", [{"devices": begun["devices"], "processes": 1}] if "devices" in begun else [])
+    now = {"devices": jax.device_count(), "processes": jax.process_count()}
+    lines = []
+    if kept and kept[-1] != now:
+        lines = [f"{name}: begun on {_layout(kept[-1])}, goes on on {_layout(now)}: equal up to rounding"]
+    manifest["stages"][name] = {**lineage, "layouts": kept if kept and kept[-1] == now else [*kept, now]}
     write_text(path, json.dumps(manifest, indent=2) + "\n")
+    return lines
 
 
-def describe_backend() -> str:
-    """Which backend computes, and why that one."""
-    devices = jax.devices()
-    kind = (
-        f"{len(devices)} × {devices[0].device_kind}"
-        if devices[0].device_kind != "cpu"
-        else f"{len(devices)} CPU device(s)"
-    )
-    forced = jax.config.values["jax_platforms"]
-    if devices[0].platform != "cpu":
-        why = f"chosen by jax_platforms={forced}" if forced else "the first accelerator that jax found"
-    elif forced:
-        why = f"chosen by jax_platforms={forced}"
-    else:
-        why = "jax has no GPU or TPU plugin here, or found no such device; on a machine with an NVIDIA GPU:"
-        why += " pip install 'jaxalign[cuda]'"
-    return f"{devices[0].platform}: {kind} ({why})"
+def _layout(numbers: dict[str, int]) -> str:
+    return f"{numbers['devices']} device(s) in {numbers['processes']} process(es)"
 
 
 def _first(config: RunConfig) -> dict[str, Any]:

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 
 from jaxalign import data, losses, models, rewards, sampling
+from jaxalign.exchange import from_all
 from jaxalign.methods.common import has_critic
 from jaxalign.methods.online import OnlineSource, Parts
-from jaxalign.methods.rollout import Draw, Pass, make_draw, reward_metrics, rollout_metrics, to_experience
+from jaxalign.methods.rollout import Draw, Pass, make_draw, reward_metrics, rollout_metrics, select, to_experience
 from jaxalign.rewards.model import make_scorer
 from jaxalign.run.adapting import adapt
 from jaxalign.run.inputs import ADAPTER, HEAD, load_start
@@ -57,22 +58,34 @@ def load_scoring(ready: Prepared) -> Scoring:
             functions.append(function)
 
     def start(examples: data.Examples, experience: Experience) -> Callable[[], np.ndarray]:
-        given = _given(ready, examples, experience)
+        # Each process calls the functions for prompts of its own; reward models run on all devices together.
+        own = select(experience, np.arange(jax.process_index(), len(experience.prompts), jax.process_count()))
         pending = None
-        if functions:
+        if functions and len(own.prompts):
+            given = _given(ready, examples, own)
             pending = rewards.start_rewards(
                 functions, **given, timeout=section.reward_timeout, on_error=section.on_reward_error
             )
         by_model = [score(_sequences(experience)) for score in scorers]
 
         def collect() -> np.ndarray:
-            by_function = pending.result() if pending else np.zeros((len(experience.tokens), 0))
+            mine = pending.result() if pending else np.zeros((len(own.tokens), 0))
+            by_function = _from_owners(experience, mine, len(functions))
             columns = [by_model[i] if is_model else by_function[:, i] for i, is_model in order]
             return np.stack(columns, axis=1).astype(np.float64)
 
         return collect
 
     return Scoring(reward_names(section), tuple(each.weight for each in section.rewards), start)
+
+
+def _from_owners(experience: Experience, mine: np.ndarray, columns: int) -> np.ndarray:
+    """float64 `[completions, columns]` on every process, from what each has of its own prompts' completions."""
+    owner = (np.arange(len(experience.tokens)) // experience.num_generations) % jax.process_count()
+    table = np.full((len(owner), columns), np.nan)
+    if columns:
+        table[owner == jax.process_index()] = mine
+    return from_all(table)[owner, np.arange(len(owner))]
 
 
 def weights_of(ready: Prepared, scoring: Scoring) -> tuple[float, ...]:

@@ -25,14 +25,14 @@ from jaxalign.methods.common import (
     split_variables,
     trains_scores,
 )
-from jaxalign.methods.offline import Layout, make_layout, pack_global, packing_report
+from jaxalign.methods.offline import Layout, make_layout, pack_global, packing_report, split
 from jaxalign.methods.rollout import row_length
 from jaxalign.methods.running import with_carry
 from jaxalign.models.config import DType
 from jaxalign.models.heads import score_config
 from jaxalign.run.adapting import adapted_config, check_adapting
 from jaxalign.run.scoring import check_rewards, reward_names
-from jaxalign.sharding import data_shards, make_mesh
+from jaxalign.sharding import make_mesh
 from jaxalign.training.metrics import check_writers
 from jaxalign.training.optimizer import make_optimizer
 
@@ -312,11 +312,12 @@ def online_layout(stage: Stage, examples: list[data.Examples], config: models.Mo
     """Rows that hold whatever completions may come of these prompts.
 
     Raises:
-      ValueError: a prompt with a completion may not fit the model's context, or a row; or several processes.
+      ValueError: a prompt with a completion may not fit the model's context, or a row; or the processes cannot share a
+        micro-batch evenly.
     """
     method, train = stage.method, stage.train
-    if jax.process_count() > 1:
-        raise ValueError(f"{stage.method_name}: online methods run in one process; use one process per run")
+    micro = train.micro_batch_size or train.batch_size
+    shards, process, processes = split(mesh, micro)
     longest = max(int(each.lengths["prompt"].max()) for each in examples)
     width = sampling.bucket_width(longest)
     if longest + method.max_completion_length > config.max_position:
@@ -335,4 +336,4 @@ def online_layout(stage: Stage, examples: list[data.Examples], config: models.Mo
     if isinstance(train.row_length, int) and train.row_length < least:
         raise ValueError(f"train.row_length={train.row_length}, but a prompt with its completions may take {least}")
     length = least if isinstance(train.row_length, str) else train.row_length
-    return Layout(train.batch_size, train.micro_batch_size or train.batch_size, length, data_shards(mesh))
+    return Layout(train.batch_size, micro, length, shards, process, processes)

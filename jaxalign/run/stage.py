@@ -14,6 +14,7 @@ import jax
 
 from jaxalign import evaluation, models, sampling
 from jaxalign.config import Stage
+from jaxalign.exchange import from_first, is_first
 from jaxalign.methods.common import is_online, join_variables, needs_reference, split_start
 from jaxalign.methods.moving_reference import FollowingSource
 from jaxalign.methods.offline import OfflineSource, make_source
@@ -21,6 +22,7 @@ from jaxalign.methods.online import OnlineSource
 from jaxalign.methods.running import CarryingSource, carry_along
 from jaxalign.models.config import forward_flops, mean_attended
 from jaxalign.run.adapting import adapt, describe_training
+from jaxalign.run.bucket import Mirror
 from jaxalign.run.evaluate import make_evaluate
 from jaxalign.run.hardware import peak_flops
 from jaxalign.run.inputs import Examples, Say, attach_reference, load_policy, load_reference, load_start
@@ -55,14 +57,14 @@ class StageResult:
     Attributes:
       name: the stage's.
       folder: its folder.
-      export: the Hugging Face folder, or None if the stage was stopped before its end.
+      export: the Hugging Face folder, or its URL in a bucket; None if the stage was stopped before its end.
       reason: `completed`, `early_stopped`, `terminated`, or `done before`.
       metrics: the latest value of every metric.
     """
 
     name: str
     folder: Path
-    export: Path | None
+    export: Path | str | None
     reason: str
     metrics: dict[str, float]
 
@@ -71,6 +73,7 @@ def run_stage(
     ready: Prepared,
     folder: Path,
     *,
+    mirror: Mirror | None = None,
     say: Say,
     make_progress: MakeProgress | None = None,
     show: loop.Show | None = None,
@@ -80,6 +83,7 @@ def run_stage(
     Args:
       ready: the stage, its inputs resolved to paths.
       folder: where the stage's files go.
+      mirror: the run's folder in a bucket, if it has one there.
       say: takes lines for the user.
       make_progress: makes the progress bar.
       show: takes what is written to samples.jsonl.
@@ -96,7 +100,10 @@ def run_stage(
     shapes = jax.eval_shape(ready.model.init, jax.random.key(0))
     if line := describe_training(stage, ready.model.config, shapes):
         say(f"{title}: {line}")
-    with Checkpoints(folder / "checkpoints", save_total_limit=stage.train.save_total_limit) as checkpoints:
+    limit = stage.train.save_total_limit
+    place = folder / "checkpoints"
+    saves = Checkpoints(place, save_total_limit=limit) if mirror is None else mirror.checkpoints(stage.name, limit)
+    with saves as checkpoints:
         result, frozen = _train(ready, folder, checkpoints, say, make_progress, show)
     if result.reason == "terminated":
         say(f"{title}: stopped at step {result.step}, all is saved; the same command continues")
@@ -118,7 +125,8 @@ def run_stage(
         base_model=stage.model.path,
         method=stage.method_name,
     )
-    return StageResult(stage.name, folder, export, result.reason, last_metrics(folder))
+    given = export if mirror is None else from_first(lambda: mirror.push_export(stage.name))
+    return StageResult(stage.name, folder, given, result.reason, last_metrics(folder))
 
 
 def _exported(ready: Prepared, params: Any, frozen: Any) -> Variables:
@@ -215,7 +223,8 @@ def _train(
     with ExitStack() as stack:
         title = stage.name or stage.method_name
         writers = open_writers(folder, stage.log.report_to, resume_step=resume_step, name=title, config=asdict(stage))
-        samples = JsonLines(folder / "samples.jsonl", resume_step) if stage.log.sample_steps else None
+        wanted = stage.log.sample_steps is not None
+        samples = JsonLines(folder / "samples.jsonl", resume_step) if wanted and is_first() else None
         for opened in (pieces.source, *writers, *([samples] if samples else [])):
             stack.callback(opened.close)
         if pieces.evaluate and stage.train.eval_on_start and restored is None:
@@ -233,7 +242,7 @@ def _train(
             restored=restored,
             writers=writers,
             evaluate=pieces.evaluate,
-            on_sample=pieces.on_sample() if samples else None,
+            on_sample=pieces.on_sample() if wanted else None,
             samples=samples,
             show=show,
             progress=stack.enter_context(progress),

@@ -15,7 +15,7 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -71,16 +71,25 @@ class Checkpoints:
     Args:
       folder: local path or bucket; made when needed.
       save_total_limit: keep the last so many (and those named in `save`); None keeps all.
+      before: called on process 0, in the background, when a save is written, before it counts.
+      after: called with the steps saved when it counts and old ones are deleted. A save fails where either fails.
 
     Raises:
       ValueError: a limit under 1.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, save_total_limit: int | None = None):
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        save_total_limit: int | None = None,
+        before: Callable[[], None] = lambda: None,
+        after: Callable[[list[int]], None] = lambda steps: None,
+    ):
         if save_total_limit is not None and save_total_limit < 1:
             raise ValueError(f"save_total_limit must be at least 1, got {save_total_limit}")
         self.folder = epath.Path(os.path.abspath(folder)) if "://" not in os.fspath(folder) else epath.Path(folder)
-        self._limit = save_total_limit
+        self._limit, self._before, self._after = save_total_limit, before, after
         self._manager: ocp.CheckpointManager | None = None
         self._thread: threading.Thread | None = None
         self._failure: tuple[int, BaseException] | None = None
@@ -222,8 +231,10 @@ class Checkpoints:
         try:
             manager.wait_until_finished()
             if jax.process_index() == 0:
+                self._before()
                 write_sums(self.folder / str(step))
                 self._prune(step, keep)
+                self._after(self.steps())
         except BaseException as error:  # kept for the main thread, which raises it
             self._failure = (step, error)
 

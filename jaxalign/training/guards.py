@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import signal
 import threading
 import time
@@ -16,12 +17,14 @@ from jax.experimental import multihost_utils
 
 logger = logging.getLogger("jaxalign")
 
+# Seconds within which signals are one wish to stop: a launcher and the terminal may both send theirs.
+TOGETHER = 1.0
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[int], bool]]:
-    """Turns SIGTERM and SIGINT into a question that the loop asks after each step; a second signal raises at once.
+    """Turns SIGTERM and SIGINT into a question that the loop asks after each step; a later second one raises at once.
 
     With several processes JAX's preemption service takes SIGTERM, and all processes stop after the same step. Outside
     the main thread, where Python has no signal handlers, nothing stops the loop.
@@ -32,10 +35,11 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
     if jax.process_count() > 1:
         yield lambda step: bool(multihost_utils.reached_preemption_sync_point(step))
         return
-    asked = threading.Event()
+    asked, first = threading.Event(), [math.inf]
 
     def handle(number: int, _: object) -> None:
-        if asked.is_set():
+        first[0] = min(first[0], time.monotonic())
+        if asked.is_set() and time.monotonic() - first[0] >= TOGETHER:
             raise KeyboardInterrupt(f"second {signal.Signals(number).name}: stopped without a checkpoint")
         asked.set()
 

@@ -157,7 +157,7 @@ def fit(
     """
     schedule.check(config, checkpoints is not None, evaluate is not None)
     run = _Run(config, source, checkpoints, writers, evaluate, on_sample, samples, show, progress, time.perf_counter())
-    done, frozen = _resume(source, restored), jax.device_put(frozen)
+    done, frozen = _resume(source, restored), _on_devices(frozen)
     lap, waiting, reason = _Lap(run.start, done.step, done.tokens), None, schedule.ended(config, done, False)
     number = done.step
     with guards.stop_signals() as asked, guards.count_compiles() as compiles:
@@ -166,7 +166,7 @@ def fit(
             number += 1
             with jax.transfer_guard("allow"):
                 batch, extra = source.next(state)
-                batch = jax.device_put(batch)
+                batch = _on_devices(batch)
             state, metrics, pause = dispatch(number, state, frozen, batch)
             lap = replace(lap, time=lap.time + pause)
             if waiting is not None:
@@ -183,6 +183,11 @@ def fit(
         loaded = checkpoints.restore(like, best, source=False)
         state = cast("Restored", loaded).state
     return FitResult(state, done.step, reason, done.best, summary)
+
+
+def _on_devices(tree: PyTree) -> PyTree:
+    """Puts what is still on the host on the default device; arrays stay where they are, over processes too."""
+    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), tree)
 
 
 def _resume(source: Source, restored: Restored | None) -> Tally:

@@ -11,7 +11,8 @@ import pytest
 from jaxalign.training import guards
 
 
-def test_the_first_signal_asks_and_the_second_raises():
+def test_the_first_signal_asks_and_the_second_raises(monkeypatch):
+    monkeypatch.setattr(guards, "TOGETHER", 0.0)
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(KeyboardInterrupt, match="second SIGINT"), guards.stop_signals() as asked:
         assert not asked(1)
@@ -19,6 +20,14 @@ def test_the_first_signal_asks_and_the_second_raises():
         assert asked(1) and asked(2)
         signal.raise_signal(signal.SIGINT)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_signals_that_come_together_are_one():
+    with guards.stop_signals() as asked:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert asked(1)
 
 
 def test_outside_the_main_thread_handlers_are_left_alone():

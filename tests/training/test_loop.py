@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.training import checkpoint, loop, metrics, optimizer
+from jaxalign.training import checkpoint, guards, loop, metrics, optimizer
 from jaxalign.training.loop import Config, fit
 from jaxalign.training.state import TrainState, init_state
 from jaxalign.types import Max, Mean, Min
@@ -438,7 +438,9 @@ def test_a_signal_ends_the_step_saves_and_returns(tmp_path, whole, number):
     assert_same_run(result.state, tmp_path, whole[0].state, whole[1])
 
 
-def test_a_second_signal_raises_at_once(tmp_path):
+def test_a_second_signal_raises_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(guards, "TOGETHER", 0.0)
+
     class Impatient(RolloutSource):
         def next(self, state):
             signal.raise_signal(signal.SIGTERM)

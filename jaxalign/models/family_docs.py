@@ -40,7 +40,7 @@ Phi 3.5 and Phi 4 mini have two sets of frequencies: one for texts up to the ori
 longer ones. transformers takes the second as soon as one text of a batch is longer; then the logits of a token depend
 on its batch mates, and those of a token already sampled on what follows it. Here the model has one set: that of the
 original context, which is then its context (a run with longer texts stops at the start), or the other, after
-`model.rebuild(extend_context(model.config))` from `jaxalign.models.config`. An export is the same in both cases.
+`model.rebuild(models.extend_context(model.config))`. An export is the same in both cases.
 
 ## Checkpoints with images
 

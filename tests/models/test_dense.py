@@ -154,7 +154,7 @@ def test_the_cache_gives_what_the_whole_text_gives(name, tmp_path):
 
 
 def test_the_sampler_draws_what_the_whole_text_says():
-    """All of it in one model: layers with a window and a partial, interleaved, scaled rope and layers without positions,
+    """All of it in one model: layers with a window and a partial, interleaved, scaled rope, layers without positions,
     caps, multipliers, norms before and after; prompts of different lengths in fewer slots than prompts."""
     rope = Rope(300.0, "linear", 2.0, partial=0.5, interleaved=True)
     config = ModelConfig(
@@ -249,10 +249,11 @@ def test_gemma3_with_images_as_the_hub_has_it(tmp_path, caplog):
     images = {"vision_tower.a": np.ones(3, np.float32), "multi_modal_projector.b": np.ones(3, np.float32)}
     save_file(old | images, tmp_path / "model.safetensors")
     text = {key: value for key, value in tiny.CONFIGS["gemma3"].items() if key != "eos_token_id"}
+    text["final_logit_softcapping"] = None
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text, "eos_token_id": 2}))
     with caplog.at_level(logging.WARNING, "jaxalign"):
         again, variables = load(tmp_path)
-    assert again.config == model.config and not caplog.records
+    assert again.config == replace(model.config, logit_softcap=None) and not caplog.records
     jax.tree.map(np.testing.assert_array_equal, variables, expected)
 
 
@@ -272,6 +273,12 @@ def test_gemma3_with_images_as_the_hub_has_it(tmp_path, caplog):
 def test_refused_by_name(name, changes, named):
     with pytest.raises(ValueError, match=named):
         from_hf(tiny.CONFIGS[name] | changes)
+
+
+def test_a_cap_that_the_class_with_images_leaves_out_is_refused():
+    text = tiny.CONFIGS["gemma3"]
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        from_hf({"model_type": "gemma3", "text_config": text})
 
 
 def test_null_is_not_the_default_of_a_cap():

@@ -291,5 +291,5 @@ def test_every_family_has_a_case():
 
 
 def test_the_docs_are_those_of_the_table():
-    """`python -m jaxalign.models.family_docs > docs/models.md` writes them."""
+    """`python -m jaxalign.models.family_docs docs/models.md` writes them."""
     assert (ROOT / "docs" / "models.md").read_text() == describe_families()

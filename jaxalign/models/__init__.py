@@ -1,7 +1,7 @@
 """Decoder models as pure functions, and their Hugging Face, GGUF and export formats."""
 
 from jaxalign.models.cache import Cache, init_cache
-from jaxalign.models.config import LoraConfig, ModelConfig, Rope
+from jaxalign.models.config import LoraConfig, ModelConfig, Rope, extend_context
 from jaxalign.models.export import save
 from jaxalign.models.families import FAMILIES
 from jaxalign.models.freezing import freeze
@@ -24,6 +24,7 @@ __all__ = [
     "build",
     "drop_score_head",
     "end_ids",
+    "extend_context",
     "fingerprint",
     "freeze",
     "init_cache",

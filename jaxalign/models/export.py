@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -18,13 +19,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxalign.models.config import ModelConfig
-from jaxalign.models.families import tensors, to_hf
+from jaxalign.models.families import FAMILIES, tensors, to_hf
 from jaxalign.models.family import Tensor
 from jaxalign.models.identity import with_padding
 from jaxalign.models.lora import exportable
 from jaxalign.models.tensors import file_shape, join
 from jaxalign.models.transformer import Model
 from jaxalign.types import Array, Variables
+
+logger = logging.getLogger("jaxalign")
 
 ExportDType = Literal["float32", "bfloat16", "float16"]
 # The names of dtypes in the safetensors format.
@@ -138,6 +141,10 @@ def save(
         raise FileExistsError(f"{folder} exists; choose another folder or set overwrite")
     if config.score_head:
         config, tokenizer = with_padding(config, tokenizer)
+        if not FAMILIES[config.family].in_transformers:
+            logger.warning(
+                "%s: transformers has no class for a %s reward model; jaxalign reads it", folder, config.family
+            )
     hf, params = to_hf(config), exportable(config, variables)
     shards = _shards(_plan(config, params), jnp.dtype(dtype).itemsize, max_shard_size)
     first = jax.process_index() == 0

@@ -35,9 +35,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     if name not in FAMILIES:
         raise ValueError(f"config.json: {_unknown(name)}; known: {', '.join(FAMILIES)}")
     family = FAMILIES[name]
-    for key, only in family.refuses.items():
-        if hf.get(key) not in (None, only):
-            raise ValueError(f"config.json: {key}={hf[key]!r} is not supported for {name}; only {only!r} is")
+    _refuse(hf, family.refuses, name)
     values: dict[str, Any] = {"family": name}
     for ours, theirs in family.keys.items():
         value = hf.get(theirs)
@@ -128,8 +126,16 @@ def _text_part(hf: Mapping[str, Any]) -> Mapping[str, Any]:
     composite = COMPOSITES.get(hf.get("model_type", ""))
     if composite is None:
         return hf
+    text = hf.get(composite.key) or {}
+    _refuse(text, composite.refuses, hf["model_type"])
     ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id", "architectures") if key in hf}
-    return {**(hf.get(composite.key) or {}), **ids, "model_type": composite.family}
+    return {**text, **ids, "model_type": composite.family}
+
+
+def _refuse(hf: Mapping[str, Any], refuses: Mapping[str, Any], name: str) -> None:
+    for key, only in refuses.items():
+        if hf.get(key) not in (None, only):
+            raise ValueError(f"config.json: {key}={hf[key]!r} is not supported for {name}; only {only!r} is")
 
 
 def _write_rope(config: ModelConfig) -> dict[str, Any]:

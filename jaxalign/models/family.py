@@ -98,10 +98,12 @@ class Composite:
       family: key in `FAMILIES`.
       key: of the language model's config in the config.json.
       renames: beginning of a tensor's name -> what it is in the family.
+      refuses: key of that config -> the only value (beside null) that the whole computes as the family does.
       checkpoints: names on the Hub that people train.
     """
 
     family: str
     key: str
     renames: Mapping[str, str]
+    refuses: Mapping[str, Any] = field(default_factory=dict)
     checkpoints: tuple[str, ...] = ()

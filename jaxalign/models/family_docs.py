@@ -1,8 +1,10 @@
-"""The documentation of the model families, from their table: `python -m jaxalign.models.family_docs`."""
+"""The documentation of the model families, from their table: `python -m jaxalign.models.family_docs FILE`."""
 
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 from jaxalign.models.families import FAMILIES
 from jaxalign.models.family import Family
@@ -13,7 +15,7 @@ TEXT = """\
 # Models
 
 Families of checkpoints that `model.path` may name, by the `model_type` of their config.json. This file is written by
-`python -m jaxalign.models.family_docs > docs/models.md`. Every family's logits are compared with transformers' on tiny
+`python -m jaxalign.models.family_docs docs/models.md`. Every family's logits are compared with transformers' on tiny
 models (`tests/models/test_parity.py`), also after a training step and an export.
 
 All are read from Hugging Face folders (safetensors) and Hub names; those marked GGUF from GGUF files too. All are
@@ -40,7 +42,7 @@ Phi 3.5 and Phi 4 mini have two sets of frequencies: one for texts up to the ori
 longer ones. transformers takes the second as soon as one text of a batch is longer; then the logits of a token depend
 on its batch mates, and those of a token already sampled on what follows it. Here the model has one set: that of the
 original context, which is then its context (a run with longer texts stops at the start), or the other, after
-`model.rebuild(extend_context(model.config))` from `jaxalign.models.config`. An export is the same in both cases.
+`model.rebuild(models.extend_context(model.config))`. An export is the same in both cases.
 
 ## Checkpoints with images
 
@@ -68,4 +70,4 @@ def _row(name: str, family: Family) -> str:
 
 
 if __name__ == "__main__":
-    print(describe_families(), end="")
+    Path(sys.argv[1]).write_text(describe_families(), encoding="utf-8")

@@ -125,6 +125,7 @@ COMPOSITES: dict[str, Composite] = {
             "lm_head.": "lm_head.",
             "score.": "score.",
         },
+        refuses={"final_logit_softcapping": None},
         checkpoints=("google/gemma-3-4b-it", "google/gemma-3-12b-it", "google/gemma-3-27b-it"),
     ),
 }

@@ -45,8 +45,8 @@ DENSE: dict[str, dict] = {
     "gemma3": _GEMMA
     | {
         "model_type": "gemma3_text",
-        "num_hidden_layers": 7,
-        "sliding_window_pattern": 3,
+        "num_hidden_layers": 5,
+        "sliding_window_pattern": 2,
         "sliding_window": 16,
         "query_pre_attn_scalar": 20,
         "final_logit_softcapping": 9.0,
@@ -143,3 +143,5 @@ DENSE: dict[str, dict] = {
 }
 # Read with the long factors of their longrope (`extend_context`).
 EXTENDED = {"phi3-long"}
+# The same fields as another case of the family.
+VARIANTS = {"falcon3", "phi3-short", "neox-serial", "smollm3-windows", "stablelm-parallel"}

@@ -41,7 +41,7 @@ def uncompiled():
 
 
 def loaded(folder: Path, name: str):
-    tiny.write_folder(folder, tiny.CONFIGS[name])
+    tiny.write_folder(folder, tiny.CONFIGS[name] | {"num_hidden_layers": 2})
     return models.load(folder)
 
 
@@ -68,7 +68,7 @@ def test_a_trained_step_in_transformers(name, tmp_path):
     state, frozen = sft.init(config, model, variables, optimizer, jax.random.key(0))
     batch = sft.make_batch(config, ragged_texts(3, longest=30))
     state, metrics = sft.make_step(config, model, optimizer, schedule)(state, frozen, batch)
-    assert np.isfinite(metrics["loss"].value())
+    assert (metrics["loss"].value() or 0.0) > 1
     moved = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (before, state.params["params"])), strict=True)]
     # The step reached every parameter.
     assert min(moved) > 1e-4 and relative(state.params["params"], before) > 1e-3
@@ -81,16 +81,18 @@ def test_a_trained_step_in_transformers(name, tmp_path):
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_a_score_head_in_transformers(name, tmp_path):
-    model, variables = models.add_score_head(*loaded(tmp_path / "in", name), jax.random.key(1))
+    model, variables = models.add_score_head(*loaded(tmp_path / "in", name), jax.random.key(1), std=1.0)
     models.save(tmp_path / "out", model, variables, None)
     wanted = model.scores(variables, ours(model, variables))[0, -1]
     found = read_by_torch(tmp_path / "out", transformers.AutoModelForSequenceClassification)
-    assert np.abs(found - wanted).max() < TOLERANCE and abs(float(wanted)) > 0.05
+    assert np.abs(found - wanted).max() < TOLERANCE and abs(float(wanted)) > 0.1
 
 
 def test_the_text_part_of_gemma3(tmp_path):
     """A checkpoint with a model of images, as transformers writes it: the text part, the same logits."""
     text = {key: value for key, value in tiny.CONFIGS["gemma3"].items() if key != "model_type"}
+    # transformers' class with images leaves the cap out.
+    text["final_logit_softcapping"] = None
     vision = {
         "hidden_size": 16,
         "intermediate_size": 16,

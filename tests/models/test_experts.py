@@ -48,6 +48,14 @@ def test_grouped_products(product):
         np.testing.assert_allclose(got_matrices, dmatrices, atol=3e-5)
 
 
+def test_which_product_runs_where():
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((90, 7), (6, 7, 5))]
+    traced = jax.jit(lambda x, matrices: grouped_matmul(x, matrices, SIZES)).trace(*shapes)
+    lowered = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("tpu", "cpu", "cuda")}
+    assert {name: "ragged_dot" in text for name, text in lowered.items()} == {"tpu": True, "cpu": False, "cuda": False}
+    assert all(("while" in text) is (name != "tpu") for name, text in lowered.items())
+
+
 def test_a_sparse_layer_is_a_loop_over_tokens():
     """One block without attention's help: its experts' output, token by token; some experts get none."""
     changes = SPARSE | {"num_layers": 1, "windows": (None,), "sparse_layers": (True,)}
@@ -103,6 +111,28 @@ def test_parameters_and_flops_are_counted():
     assert forward_flops(config, 10, 0, 0) == 2 * 10 * blocks
     # Attention 32 × 8 × (2·4 + 2·2) in 3 layers; a dense layer; and router, experts, shared expert and its switch.
     assert blocks == 3 * 3072 + 3 * 32 * 64 + 2 * (32 * 8 + 2 * 3 * 32 * 24 + 3 * 32 * 16 + 32)
+
+
+def test_published_sizes():
+    """Qwen3-30B-A3B by its config.json: 30.5B parameters, of which 3.3B are active."""
+    hf = {
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "head_dim": 128,
+    }
+    hf |= {"num_attention_heads": 32, "num_key_value_heads": 4, "intermediate_size": 6144, "moe_intermediate_size": 768}
+    hf |= {
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "mlp_only_layers": [],
+        "rope_theta": 1e6,
+        "max_window_layers": 48,
+    }
+    config = from_hf(hf)
+    assert (round(count_params(config) / 1e9, 1), round(count_params(config, active=True) / 1e9, 2)) == (30.5, 3.35)
+    assert len(segments(config)) == 1 and config.windows == (None,) * 48
 
 
 def test_dense_layers_first_are_a_segment_of_their_own():

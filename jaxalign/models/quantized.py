@@ -175,7 +175,7 @@ def _encode_int8(x: Array) -> jax.Array:
 
 
 def _decode_int8(values: Array) -> jax.Array:
-    return values.astype(jnp.float32)
+    return jnp.asarray(values).astype(jnp.float32)
 
 
 def _encode_nf4(x: Array) -> jax.Array:

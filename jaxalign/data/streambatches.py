@@ -61,18 +61,25 @@ class StreamBatches(Generic[T]):
         if not 0 <= process < processes:
             raise ValueError(f"process={process} is not one of {processes} processes")
         made = _Dataset(lambda: _Batches(stream, batch_size, transform, check, process, processes))
-        self._batches = iter(grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=prefetch))
+        batches = iter(grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=prefetch))
+        self._open: grain.DatasetIterator | None = batches
 
     def __iter__(self) -> StreamBatches[T]:
         return self
 
     def __next__(self) -> StreamBatch[T]:
-        before = self.state()
+        before, batches = self.state(), self._batches
         try:
-            return next(self._batches)
+            return next(batches)
         except BaseException:
             self.restore(before)  # an error or an interrupt must not skip the batch that was being waited for
             raise
+
+    @property
+    def _batches(self) -> grain.DatasetIterator:
+        if self._open is None:
+            raise ValueError("these batches are closed")
+        return self._open
 
     def state(self) -> dict[str, Any]:
         """`position` (global batches given out), the window, how much of it was taken, where it began."""
@@ -88,7 +95,9 @@ class StreamBatches(Generic[T]):
 
     def close(self) -> None:
         """Ends the thread, once it has finished the batch it is at; no batches come after that."""
-        self._batches.close()
+        if self._open is not None:
+            self._open.close()
+            self._open = None  # grain's iterator closes itself again when it goes, which must not be at the very end
 
     def __enter__(self) -> StreamBatches[T]:
         return self

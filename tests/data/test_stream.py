@@ -190,6 +190,15 @@ def test_parts_of_which_nothing_can_be_used(chatml, write):
         load(DataConfig(write("empty.jsonl", ""), streaming=True), chatml, "sft")
 
 
+def test_closed_batches_say_so(chatml, write):
+    source = open_batches(stream_of(DataConfig(write("a.jsonl", *texts("sky", 6)), streaming=True), chatml))
+    next(source)
+    source.close()
+    source.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(source)
+
+
 def test_the_state_of_something_else(chatml, write):
     with open_batches(stream_of(DataConfig(write("a.jsonl", *texts("sky", 6)), streaming=True), chatml)) as source:
         with pytest.raises(ValueError, match="not the state of a stream: it lacks window, taken, dropped, places"):

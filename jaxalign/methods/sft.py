@@ -100,7 +100,7 @@ def make_loss(config: Config, model: Model) -> LossFn:
     def loss(params: Variables, frozen: Variables, batch: Batch, totals: Totals, key: jax.Array | None):
         noise = None
         if alpha is not None and key is not None:
-            drawn = jax.random.wrap_key_data(batch.fields["noise_key"])
+            drawn = jax.random.wrap_key_data(jnp.asarray(batch.fields["noise_key"]))
             noise = embedding_noise(batch.rows, drawn, alpha=alpha, embed_dim=model.config.embed_dim)
         key = None if config.disable_dropout else key
         variables = common.join_variables(params, frozen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ class Blocks:
         """Tokens of a block."""
         return self.rows.tokens.shape[2]
 
-    def block(self, query: Array, key: Array) -> jax.Array:
+    def block(self, query: Array, key: Array) -> Array:
         """`rows_mask` of these blocks, bool `[rows, size, size]`."""
         queries, keys = jax.tree.map(lambda x: x[:, query], self.rows), jax.tree.map(lambda x: x[:, key], self.rows)
         return _visible(queries, keys, self.window)
@@ -144,8 +144,11 @@ def attend(
     # Heads of one group lie beside each other as further queries: every product is then a plain batched one.
     grouped = (query * scale).reshape(rows, queries, kv_heads, heads // kv_heads, head_dim)
     grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads, -1, head_dim)
-    if isinstance(keys[0].mask, Blocks):
-        mixed = attend_blocks(grouped, *keys[0], softcap=softcap, dropout=dropout, dropout_key=dropout_key)
+    first = keys[0]
+    if isinstance(first.mask, Blocks):
+        mixed = attend_blocks(
+            grouped, first.key, first.value, first.mask, softcap=softcap, dropout=dropout, dropout_key=dropout_key
+        )
     elif len(keys) == 1 and not dropout:
         mixed = _attend_once(grouped, *keys[0], softcap)
     else:
@@ -170,7 +173,7 @@ def _scores(query: Array, key: Array, mask: Array, softcap: float | None) -> jax
 def _attend_many(
     query: Array, keys: tuple[Keys, ...], softcap: float | None, dropout: float, dropout_key: jax.Array | None
 ) -> jax.Array:
-    scores = jnp.concatenate([_scores(query, each.key, each.mask, softcap) for each in keys], axis=-1)
+    scores = jnp.concatenate([_scores(query, each.key, cast(Array, each.mask), softcap) for each in keys], axis=-1)
     probs = jax.nn.softmax(scores, axis=-1)
     if dropout and dropout_key is not None:
         probs = probs * jax.random.bernoulli(dropout_key, 1 - dropout, probs.shape) / (1 - dropout)

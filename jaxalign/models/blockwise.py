@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ class BlockMask(Protocol):
     @property
     def needed(self) -> Array: ...  # noqa: D102
 
-    def block(self, query: Array, key: Array) -> jax.Array:
+    def block(self, query: Array, key: Array) -> Array:
         """bool `[rows, size, size]`, queries before keys, of these numbers of blocks."""
         ...
 
@@ -66,7 +66,7 @@ def attend_blocks(
     queries = queries.reshape(*queries.shape[:3], -1, queries.shape[-1])
     keys, values = (_split(jnp.pad(x, padding), count) for x in (key, value))
     drop_key = dropout_key if dropout else None
-    mixed = _attend(queries, keys, values, mask, drop_key, softcap, dropout)
+    mixed = cast(jax.Array, _attend(queries, keys, values, mask, drop_key, softcap, dropout))
     mixed = mixed.reshape(*mixed.shape[:3], groups, mask.size, -1).transpose(1, 2, 3, 0, 4, 5)
     return mixed.reshape(*grouped.shape[:3], count * mask.size, -1)[..., :length, :].reshape(query.shape)
 

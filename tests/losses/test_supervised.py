@@ -8,8 +8,8 @@ import pytest
 from jaxalign.losses import SFT_LOSSES, token_statistics
 from jaxalign.types import Predictions
 
-# One target, number 0, of four tokens with logits [2, 0, 0, 0]: Z = e^2 + 3 = 10.3891, log Z = 2.34076, so
-# log p = 2 - 2.34076 = -0.34076, p = 0.71123, and the mean of log p over the vocabulary is 0.5 - 2.34076 = -1.84076.
+# One target, number 0, of four tokens with logits [2, 0, 0, 0]: Z = e^2 + 3 = 10.3891, log Z = 2.34075, so
+# log p = 2 - 2.34075 = -0.34075, p = 0.71123, and the mean of log p over the vocabulary is 0.5 - 2.34075 = -1.84075.
 LOGITS = jnp.array([[[2.0, 0.0, 0.0, 0.0]]])
 P = np.array([0.711235, 0.096255, 0.096255, 0.096255])
 
@@ -30,11 +30,11 @@ def value_and_gradient(name, logits, target=0, **options):
 @pytest.mark.parametrize(
     ("name", "options", "value", "gradient"),
     [
-        ("nll", {}, 0.340757, P - [1, 0, 0, 0]),
-        # 0.8 * 0.34076 + 0.2 * 1.84076; the gradient is p less the smoothed target.
-        ("nll", {"label_smoothing": 0.2}, 0.640757, P - [0.85, 0.05, 0.05, 0.05]),
-        # p log p = 0.71123 * 0.34076; p is a constant, so the gradient is p times that of the log-likelihood.
-        ("dft", {}, 0.242358, P[0] * (P - [1, 0, 0, 0])),
+        ("nll", {}, 0.340753, P - [1, 0, 0, 0]),
+        # 0.8 * 0.34075 + 0.2 * 1.84075; the gradient is p less the smoothed target.
+        ("nll", {"label_smoothing": 0.2}, 0.640753, P - [0.85, 0.05, 0.05, 0.05]),
+        # p log p = 0.71123 * 0.34075; p is a constant, so the gradient is p times that of the log-likelihood.
+        ("dft", {}, 0.242355, P[0] * (P - [1, 0, 0, 0])),
     ],
 )
 def test_by_hand(name, options, value, gradient):

@@ -48,24 +48,21 @@ def test_a_document_has_its_own_noise_in_every_layout():
     assert all(not np.isin(noise, changed[tokens]).any() for tokens, noise in first.items())
 
 
-@pytest.mark.parametrize(
-    "options", [{"neftune_noise_alpha": 20.0}, {"label_smoothing_factor": 0.3}, {"loss_type": "dft"}]
-)
-def test_neither_split_nor_packing_changes_the_gradient(options):
-    model, variables = tiny_model(num_layers=2, windows=(None, 9))
-    config, examples, optimizer = sft.Config(**options), ragged_texts(7), optax.sgd(1.0)
+def test_neither_split_nor_packing_changes_the_gradient():
+    model, variables = tiny_model(num_layers=1, windows=(9,))
+    config, examples, optimizer = sft.Config(neftune_noise_alpha=20.0), ragged_texts(7), optax.sgd(1.0)
     found = []
     for layout in ({"length": 192}, {"micro_batch_size": 3, "length": 64}):
         state, frozen = sft.init(config, model, variables, optimizer, jax.random.key(0))
         batch = sft.make_batch(config, examples, **layout)
         after, metrics = jax.jit(sft.make_step(config, model, optimizer))(state, frozen, batch)
         found.append((jax.tree.map(lambda a, b: a - b, after.params, state.params), metrics["loss"].value()))
-        judged = jax.jit(make_eval_step(sft, config, model))(state.params, frozen, batch)["loss"].value()
-        # Evaluation is without noise; the other options are in its loss too.
-        noisy = config.neftune_noise_alpha is not None
-        assert (judged == pytest.approx(found[-1][1], rel=1e-5)) is not noisy
     assert relative(found[0][0], found[1][0]) <= 1e-5
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
+    # Evaluation is without noise.
+    quiet = jax.jit(make_eval_step(sft, config, model))(state.params, frozen, batch)["loss"].value()
+    plain = jax.jit(make_eval_step(sft, sft.Config(), model))(state.params, frozen, batch)["loss"].value()
+    assert quiet == plain and abs(quiet - found[1][1]) > 1e-3
 
 
 def test_settings_that_clash_are_refused():

@@ -11,6 +11,7 @@ from jaxalign.data import DataConfig, encode
 from jaxalign.data.formats import Bad
 from jaxalign.methods import process_reward
 from jaxalign.methods.common import for_evaluation
+from jaxalign.models.heads import score_config
 from jaxalign.rewards.model import make_scorer
 from jaxalign.types import TokenRows
 from tests.layouts import ragged_steps, relative, tiny_model
@@ -48,14 +49,14 @@ def step(model, variables, batch, config=CONFIG):
 
 
 def test_the_loss_is_the_cross_entropy_at_the_separators_however_split(scorer):
-    examples = ragged_steps(9)
-    wanted, hits = by_hand(*scorer, examples)
-    whole, metrics = step(*scorer, process_reward.make_batch(CONFIG, examples, length=128))
+    (model, variables), examples = scorer, ragged_steps(9)
+    wanted, hits = by_hand(model, variables, examples)
+    whole, metrics = step(model, variables, process_reward.make_batch(CONFIG, examples, length=128))
     assert metrics["loss"] == pytest.approx(wanted, rel=1e-5) and metrics["accuracy"] == pytest.approx(hits)
     labels = np.concatenate([example["labels"] for example in examples])
     both = labels.mean() * metrics["accuracy/right"] + (1 - labels.mean()) * metrics["accuracy/wrong"]
     assert both == pytest.approx(hits, rel=1e-5) and 0 < hits < 1
-    parts, others = step(*scorer, process_reward.make_batch(CONFIG, examples, micro_batch_size=2, length=192))
+    parts, others = step(model, variables, process_reward.make_batch(CONFIG, examples, micro_batch_size=2, length=192))
     assert relative(parts, whole) <= 1e-5
     assert others["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
     # The two rows of the head move apart by the same amount: only their difference counts.
@@ -80,16 +81,17 @@ def test_scores_of_steps(scorer):
 
 
 def test_the_last_step_alone(scorer):
-    examples, config = ragged_steps(5, seed=1), process_reward.Config(train_on_last_step_only=True)
+    (model, variables), examples = scorer, ragged_steps(5, seed=1)
+    config = process_reward.Config(train_on_last_step_only=True)
     lasts = [{**each, "ends": each["ends"][-1:], "labels": each["labels"][-1:]} for each in examples]
-    wanted, _ = by_hand(*scorer, lasts)
-    _, metrics = step(*scorer, process_reward.make_batch(config, examples, length=128), config)
+    wanted, _ = by_hand(model, variables, lasts)
+    _, metrics = step(model, variables, process_reward.make_batch(config, examples, length=128), config)
     assert metrics["loss"] == pytest.approx(wanted, rel=1e-5)
     assert for_evaluation(process_reward, config) == CONFIG
     # An example that lost its last step to truncation has nothing to learn from, and the others go on.
     cut = [{**examples[0], "steps": np.array([len(examples[0]["ends"]) + 1])}, *examples[1:]]
-    wanted, _ = by_hand(*scorer, lasts[1:])
-    _, metrics = step(*scorer, process_reward.make_batch(config, cut, length=128), config)
+    wanted, _ = by_hand(model, variables, lasts[1:])
+    _, metrics = step(model, variables, process_reward.make_batch(config, cut, length=128), config)
     assert metrics["loss"] == pytest.approx(wanted, rel=1e-5)
 
 
@@ -101,7 +103,7 @@ def test_a_folder_of_a_token_classifier_comes_back(scorer, tmp_path):
     assert relative(loaded, variables) == 0
     assert "A process reward model" in (folder / "README.md").read_text()
     with pytest.raises(ValueError, match="no token classifier of the family 'gpt2'"):
-        models.heads.score_config(models.ModelConfig("gpt2", 8, 8, 1, 1, 1, 8, 8, 8, windows=(None,)), labels=2)
+        score_config(models.ModelConfig("gpt2", 8, 8, 1, 1, 1, 8, 8, 8, windows=(None,)), labels=2)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,10 +45,10 @@ SHAPES = {
 
 
 def stock_template(name: str, smollm2: Path) -> str:
-    return load_tokenizer(smollm2).chat_template if name == "smollm2" else (FOLDER / f"{name}.jinja").read_text()
+    return str(load_tokenizer(smollm2).chat_template) if name == "smollm2" else (FOLDER / f"{name}.jinja").read_text()
 
 
-def render(template, messages, **options):
+def render(template, messages, **options) -> tuple[Any, Any]:
     """The text and the spans of the marks, or the template's own objection."""
     try:
         texts, spans = render_jinja_template(

@@ -57,7 +57,7 @@ def test_bad_steps_are_named_by_file_and_line(settings, tmp_path):
         {"prompt": "the", "completions": ["cat"], "labels": ["yes"]},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings["data"] = {"path": str(path)}
+    settings["data"] = {"path": str(path), "max_length": 128}
     settings["method"] = {"name": "process_reward"}
     with pytest.raises(ValueError, match=r"steps.jsonl:2: wrong number: .*\n.*steps.jsonl:3: wrong type"):
         run(parse_config(settings))

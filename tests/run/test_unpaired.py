@@ -15,7 +15,7 @@ from tests.run.test_run import COMMON, lines
 
 METRICS = {f"{name}/{side}" for name in ("rewards", "logps", "logits") for side in ("chosen", "rejected")}
 METRICS |= {"rewards/margins", "entropy"}
-OWN = {"kto": {"kl"}, "bco": {"delta"}, "apo_zero_unpaired": set()}
+OWN = {"kto": {"kl"}, "bco": {"delta"}}
 
 
 @pytest.fixture(scope="session")
@@ -76,21 +76,23 @@ def test_from_thumbs_to_a_policy_and_on_from_a_checkpoint(unpaired, method):
     judged = evaluate_stage(stage, str(folder / "export"), say=lambda line: None)
     last = [line for line in found if "eval_loss" in line][-1]
     assert judged["rewards/margins"] == pytest.approx(last["eval_rewards/margins"], rel=1e-3)
-    if method == "bco":
+    if method == "bco":  # the running mean belongs to the training, not to the model
         assert judged["delta"] == 0 != last["eval_delta"]
     else:
         assert judged["loss"] == pytest.approx(last["eval_loss"], rel=1e-3)
 
 
 def test_precomputed_and_live_references_agree(unpaired):
-    unpaired["method"] = {"name": "bco"}
-    unpaired["train"] |= {"max_steps": 4, "eval_steps": 4}
-    live = run(parse_config(unpaired))
-    cached = run(
-        parse_config({**unpaired, "name": "cached", "method": {"name": "bco", "precompute_ref_log_probs": True}})
-    )
-    for one, other in zip(untimed(live.folder), untimed(cached.folder), strict=True):
-        for name in one.keys() & {*METRICS, "loss", "delta", "eval_loss", "eval_delta"}:
+    """Of APO-zero, which has no metric of its own; `shuffle` mixes what was computed in the data's order."""
+    unpaired["data"] |= {"eval_ratio": None}
+    unpaired["train"] = {"batch_size": 12, "micro_batch_size": 6, "max_steps": 4}
+    found = []
+    for name, early in (("live", False), ("cached", True)):
+        method = {"name": "apo_zero_unpaired", "precompute_ref_log_probs": early}
+        found.append(untimed(run(parse_config({**unpaired, "name": name, "method": method})).folder))
+    for one, other in zip(*found, strict=True):
+        assert not one.keys() & {"kl", "delta"}
+        for name in one.keys() & {*METRICS, "loss"}:
             assert other[name] == pytest.approx(one[name], abs=2e-4), name
 
 
@@ -142,5 +144,5 @@ def test_data_check_counts_labels_and_suggests_weights(unpaired, caplog):
     # 27 of 43 rows are desirable, and 4 of the pairs' completions.
     assert "51 of 51 examples can be used" in text and "desirable: 31, undesirable: 20" in text
     assert "method.desirable_weight from 0.645 to 0.86 or method.undesirable_weight from 1.16 to 1.55" in text
-    assert packing["efficiency"] > 0.5
+    assert packing["efficiency"] > 0.2  # a row per device at least
     assert "method.desirable_weight / method.undesirable_weight is 1; between 0.645 and 0.86" in caplog.text

@@ -15,6 +15,7 @@ from jaxalign.methods.offline import Layout
 from jaxalign.methods.online import NoSignalError, OnlineSource, Parts
 from jaxalign.methods.rollout import make_draw, row_length
 from jaxalign.sharding import MeshConfig, make_mesh
+from jaxalign.training.coupled import CoupledLoss
 from jaxalign.types import Experience, Mean
 from tests.layouts import VOCAB, tiny_model
 
@@ -118,6 +119,7 @@ def test_a_step_is_a_step_of_dpo_on_the_pairs():
 
     def loss(params, temperature):
         made = preference.make_loss(config.offline, model, temperature=temperature)
+        assert not isinstance(made, CoupledLoss)
         return made(params, frozen, plain, {"loss": jnp.asarray(3.0)}, None)[0]
 
     def apart(temperature):

@@ -52,7 +52,7 @@ def test_patterns_of_layers_fold(hf, folded):
     config = from_hf(SMALL | hf)
     local, everywhere = config.layer_ropes[0], max(filter(None, config.layer_ropes), key=lambda rope: rope.theta)
     window = next(iter(filter(None, config.windows)), None)
-    kinds = {"L": Layer(window, local), "G": Layer(None, everywhere), "N": Layer(None, None)}
+    kinds = {"L": Layer(window, local, False), "G": Layer(None, everywhere, False), "N": Layer(None, None, False)}
     found = [(segment.layers, segment.repeats) for segment in segments(config)]
     assert found == [(tuple(kinds[kind] for kind in pattern), repeats) for pattern, repeats in folded]
     last = config.num_layers - 1

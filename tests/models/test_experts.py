@@ -139,7 +139,8 @@ def test_dense_layers_first_are_a_segment_of_their_own():
     config = tiny_config(
         **SPARSE | {"num_layers": 6, "windows": (None,) * 6, "sparse_layers": (False, False, True, True, True, True)}
     )
-    assert [(s.start, s.repeats, s.sparse) for s in segments(config)] == [(0, 2, (False,)), (2, 4, (True,))]
+    found = [(s.start, s.repeats, [layer.sparse for layer in s.layers]) for s in segments(config)]
+    assert found == [(0, 2, [False]), (2, 4, [True])]
     assert [locate(config, layer) for layer in (1, 2, 5)] == [(0, 1, 0), (1, 0, 0), (1, 3, 0)]
 
 

@@ -52,7 +52,7 @@ def quick(settings, alone):
 def export_of(result: RunResult) -> Path:
     export = result.stages[0].export
     assert export is not None
-    return export
+    return Path(export)
 
 
 def lines(folder: Path) -> list[dict]:

@@ -21,6 +21,7 @@ from jaxalign.data import Filters, MixturePart
 from jaxalign.losses import DIVERGENCES, PREFERENCE_LOSSES, REFERENCE_FREE_LOSSES, UNPAIRED_LOSSES
 from jaxalign.methods import METHODS, PRESETS
 from jaxalign.methods.common import needs_reference, score_labels, trains_scores
+from jaxalign.methods.running import with_carry
 from jaxalign.sections import CompareSection
 from jaxalign.training.loop import TIMINGS
 from jaxalign.training.optimizer import Config, make_optimizer
@@ -218,7 +219,7 @@ def test_every_metric_is_documented(method: str, examples: Callable):
     settings = [{}, *(preset for name, preset in PRESETS.values() if name == method)]
     seen = {name for each in settings for name in logged(METHODS[method], METHODS[method].Config(**each), examples(2))}
     losses = {*PREFERENCE_LOSSES, *REFERENCE_FREE_LOSSES, *UNPAIRED_LOSSES}
-    assert {name for row in shared + own for name in names(row[0]) if name not in losses} - {"delta"} == {
+    assert {name for row in shared + own for name in names(row[0]) if name not in losses} == {
         *seen,
         *("epoch", "num_tokens"),
     }
@@ -252,6 +253,7 @@ def logged(method: Any, config: Any, examples: list) -> set[str]:
         batch = method.make_batch(config, examples)
         if needs_reference(method, config):
             batch = method.make_reference(config, model)(variables, batch)
+        batch = with_carry(method, config, batch)
         state, frozen = method.init(config, model, variables, optimizer, jax.random.key(0))
         return method.make_step(config, model, optimizer, schedule)(state, frozen, batch)[1]
 

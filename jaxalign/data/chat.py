@@ -21,11 +21,11 @@ import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from jaxalign.data.fitting import Tokens, check_bos, count_bos, end_with_eos, fit_limits
 from jaxalign.data.formats import Bad, DataConfig, conversational, normalise, prompt_key
 from jaxalign.data.masks import assistant_mask
 from jaxalign.data.tokenizer import leading_tokens
 
-Tokens = list[int]
 COMPLETIONS = ("text", "messages", "completion", "chosen", "rejected")  # columns of what follows a prompt, or is all
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 
@@ -183,15 +183,15 @@ def _check_options(tokenizer: PreTrainedTokenizerFast, example: Mapping[str, Any
 
 def _sft(tokenizer: PreTrainedTokenizerFast, item: _Rendered, ids: list[Tokens], config: DataConfig) -> Encoded:
     name, plain = item.names[0], not conversational(item.example)
-    _check_bos(tokenizer, ids[-1])
+    check_bos(tokenizer, ids[-1])
     if "prompt" in item.example:
         prompt = len(ids[0])
         tokens = ids[0] + _completion(tokenizer, plain, ids[0], ids[1], name)
-        fit = _fit(prompt, len(tokens) - prompt, _bos(tokenizer, tokens), config)
+        fit = fit_limits(prompt, len(tokens) - prompt, count_bos(tokenizer, tokens), config)
     else:
-        prompt, tokens = 0, _end(tokenizer, plain, ids[0], name)
+        prompt, tokens = 0, end_with_eos(tokenizer, plain, ids[0], name)
         whole = (len(tokens), 0) if config.truncation_mode == "keep_end" else (0, len(tokens))
-        fit = _fit(*whole, _bos(tokenizer, tokens), replace(config, max_prompt_length=None))
+        fit = fit_limits(*whole, count_bos(tokenizer, tokens), replace(config, max_prompt_length=None))
     mask = np.arange(len(tokens)) >= (1 if config.completion_only_loss is False else max(prompt, 1))
     if config.assistant_only_loss:
         render = functools.partial(_template, tokenizer, item.example)
@@ -248,9 +248,9 @@ def _branches(
     prompt, plain = ids[0], not conversational(item.example)
     completions = []
     for name, full in zip(item.names, ids[1:], strict=True):
-        _check_bos(tokenizer, full)
+        check_bos(tokenizer, full)
         completions.append(_completion(tokenizer, plain, prompt, full, name))
-    fit = _fit(len(prompt), max(map(len, completions)), _bos(tokenizer, prompt), config)
+    fit = fit_limits(len(prompt), max(map(len, completions)), count_bos(tokenizer, prompt), config)
     prompt_ids = np.asarray(prompt, np.int32)[fit[fit < len(prompt)]]
     kept = [np.asarray(each, np.int32)[: (fit >= len(prompt)).sum()] for each in completions]
     cut = len(prompt) + sum(map(len, completions)) - len(prompt_ids) - sum(map(len, kept))
@@ -262,10 +262,10 @@ def _branches(
 
 
 def _prompt(tokenizer: PreTrainedTokenizerFast, item: _Rendered, ids: list[Tokens], config: DataConfig) -> Encoded:
-    _check_bos(tokenizer, ids[0])
+    check_bos(tokenizer, ids[0])
     if not ids[0]:
         raise Bad("empty prompt", "`prompt` has no tokens")
-    fit = _fit(len(ids[0]), 0, _bos(tokenizer, ids[0]), config)
+    fit = fit_limits(len(ids[0]), 0, count_bos(tokenizer, ids[0]), config)
     kept = np.asarray(ids[0], np.int32)[fit]
     return Encoded({"prompt_ids": kept}, 0, len(ids[0]) - len(kept), prompt_key(item.example))
 
@@ -275,12 +275,12 @@ def _stepwise(tokenizer: PreTrainedTokenizerFast, item: _Rendered, ids: list[Tok
     prompt, *steps, separator = ids
     if not separator:
         raise ValueError(f"data.step_separator={config.step_separator!r} has no tokens: no step would be judged")
-    _check_bos(tokenizer, prompt)
+    check_bos(tokenizer, prompt)
     if not prompt:
         raise Bad("empty prompt", "`prompt` has no tokens")
     completion = [token for step in steps for token in (*step, *separator)]
     ends = np.cumsum([len(step) + len(separator) for step in steps]) - 1
-    fit = _fit(len(prompt), len(completion), _bos(tokenizer, prompt), config)
+    fit = fit_limits(len(prompt), len(completion), count_bos(tokenizer, prompt), config)
     kept = int((fit >= len(prompt)).sum())
     if kept <= ends[0]:
         raise Bad("completion cut away", f"max_length={config.max_length} leaves no step whole")
@@ -316,55 +316,7 @@ def _completion(tokenizer: PreTrainedTokenizerFast, plain: bool, prompt: Tokens,
             f"token {at} of {len(prompt)}: the prompt alone goes on {alone}, with `{name}` {joined}"
             + (" (move the white space between them to the completion's start)" if plain else ""),
         )
-    return _end(tokenizer, plain, full[len(prompt) :], name)
-
-
-def _end(tokenizer: PreTrainedTokenizerFast, plain: bool, tokens: Tokens, name: str) -> Tokens:
-    """Tokens that end with EOS: appended to plain text, the last one that the template wrote for messages."""
-    eos = cast(int, tokenizer.eos_token_id)
-    if plain:
-        return tokens if tokens[-1:] == [eos] else [*tokens, eos]
-    end = len(tokens) - tokens[::-1].index(eos) if eos in tokens else 0
-    if not end or cast(str, tokenizer.decode(tokens[end:], skip_special_tokens=True)).strip():
-        last = tokenizer.convert_ids_to_tokens(tokens[-3:])
-        raise Bad(
-            "lost EOS",
-            f"`{name}` does not end with {tokenizer.eos_token!r}: the chat template writes {last} last; if one of "
-            "these ends a turn, set data.eos_token to it",
-        )
-    return tokens[:end]
-
-
-def _fit(prompt: int, longest: int, bos: int, config: DataConfig) -> np.ndarray:
-    """Positions that the limits leave of a prompt and its longest completion; raises `Bad` where they do not fit."""
-    limit, mode = config.max_length, config.truncation_mode
-    room = limit - 1 if longest else limit  # a completion needs one place at least
-    most = min(config.max_prompt_length or room, room)
-    if mode == "keep_end":
-        if longest > room:
-            raise Bad("too long", f"the completion alone has {longest} tokens; max_length is {limit}")
-        kept = min(prompt, most, limit - longest)
-        bos = bos if 1 < kept < prompt else 0
-        return np.concatenate([np.arange(bos), np.arange(prompt - kept + bos, prompt + longest)])
-    if prompt > most:
-        raise Bad("long prompt", f"the prompt has {prompt} tokens; at most {most} fit")
-    if mode is None and prompt + longest > limit:
-        raise Bad("too long", f"{prompt + longest} tokens, {prompt} of them the prompt's; max_length is {limit}")
-    return np.arange(min(prompt + longest, limit))
-
-
-def _bos(tokenizer: PreTrainedTokenizerFast, tokens: Tokens) -> int:
-    """1 where the tokens begin with a BOS, which truncation keeps; 0 also where it is what begins every turn."""
-    bos = tokenizer.bos_token_id
-    return int(bos is not None and tokens[:1] == [bos] and bos not in tokens[1:])
-
-
-def _check_bos(tokenizer: PreTrainedTokenizerFast, tokens: Tokens) -> None:
-    if tokenizer.bos_token_id is not None and tokens[:2] == [tokenizer.bos_token_id] * 2:
-        raise Bad(
-            "double BOS",
-            f"the tokens begin with {tokenizer.bos_token!r} twice: the text or the chat template brings one of its own",
-        )
+    return end_with_eos(tokenizer, plain, full[len(prompt) :], name)
 
 
 def _empty(content: Any) -> bool:

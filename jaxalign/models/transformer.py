@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,19 +18,14 @@ from jaxalign.models.config import DType, Layer, ModelConfig, Rope, segments
 from jaxalign.models.experts import Experts, Sums, add_sums
 from jaxalign.models.freezing import whole
 from jaxalign.models.heads import init_score_head
-from jaxalign.models.lora import adapter_config, expand
-from jaxalign.models.quantized import matmul
+from jaxalign.models.layers import ACTIVATION_FUNCTIONS, Linear, Mlp, Norm, residual_norm
+from jaxalign.models.lora import expand
 from jaxalign.models.rope import rope_frequencies, rotate
 from jaxalign.models.unrolling import outside_segments, repeat_name, unroll
 from jaxalign.types import Array, TokenRows, Variables
 
 Remat = Literal["none", "dots", "full"]
 
-ACTIVATION_FUNCTIONS = {
-    "silu": jax.nn.silu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-}
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -143,72 +137,6 @@ def _build(
     return Model(config, init, apply, logits, scores, rebuild, unrolled_too)
 
 
-class _Norm(nn.Module):
-    kind: str
-    eps: float
-    param_dtype: jnp.dtype
-    use_bias: bool = False
-    plus_one: bool = False
-
-    @nn.compact
-    def __call__(self, x):
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        start = nn.initializers.zeros if self.plus_one else nn.initializers.ones
-        scale = self.param("scale", start, x.shape[-1:], self.param_dtype).astype(wide.dtype) + float(self.plus_one)
-        if self.kind == "layer":
-            wide = wide - wide.mean(-1, keepdims=True)
-        inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
-        normed = wide * inverse * scale.reshape((1,) * (x.ndim - 1) + (-1,))
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
-            normed = normed + bias.astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-        return normed.astype(x.dtype)
-
-
-def _norm(config: ModelConfig, param_dtype: jnp.dtype, name: str) -> _Norm:
-    """A norm of the residual stream."""
-    bias = config.norm == "layer" and config.norm_bias
-    return _Norm(config.norm, config.norm_eps, param_dtype, bias, config.norm_plus_one, name=name)
-
-
-class _Linear(nn.Module):
-    """`x @ kernel (+ bias)` over the last `inputs` axes of x."""
-
-    features: tuple[int, ...]
-    use_bias: bool
-    param_dtype: jnp.dtype
-    config: ModelConfig | None = None  # whose adapter it may have
-    inputs: int = 1
-
-    @nn.compact
-    def __call__(self, x):
-        shape = (*x.shape[x.ndim - self.inputs :], *self.features)
-        leading = x.shape[: x.ndim - self.inputs]
-        # As one plain matrix product: XLA then needs no transposed copy of x for the gradient.
-        width = math.prod(shape[: self.inputs])
-        flat = x.reshape(-1, width)
-        if self.has_variable("params", "values"):
-            values, scales = (self.get_variable("params", name) for name in ("values", "scales"))
-            y = matmul(flat, values, scales, (self.inputs, len(self.features)))
-        else:
-            kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.param_dtype).astype(x.dtype)
-            y = flat @ kernel.reshape(width, -1)
-        if self.has_variable("lora", "a"):
-            y = y + self._adapt(flat)
-        y = y.reshape(*leading, *self.features)
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, self.features, self.param_dtype).astype(x.dtype)
-            y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
-        return y
-
-    def _adapt(self, x):
-        """The adapter's part, see `models.lora`."""
-        lora = adapter_config(self.config)
-        a, b = (self.get_variable("lora", name).astype(x.dtype) for name in ("a", "b"))
-        x = nn.Dropout(lora.dropout, deterministic=not self.has_rng("dropout"))(x)
-        return lora.scale * ((x @ a) @ b)
-
-
 class _Attention(nn.Module):
     config: ModelConfig
     param_dtype: jnp.dtype
@@ -217,7 +145,7 @@ class _Attention(nn.Module):
     @nn.compact
     def __call__(self, x, angles, mask, cached):
         c = self.config
-        linear = partial(_Linear, param_dtype=self.param_dtype, config=c)
+        linear = partial(Linear, param_dtype=self.param_dtype, config=c)
         query = linear((c.num_heads, c.head_dim), c.qkv_bias, name="query")(x)
         key = linear((c.num_kv_heads, c.head_dim), c.qkv_bias, name="key")(x)
         value = linear((c.num_kv_heads, c.head_dim), c.qkv_bias, name="value")(x)
@@ -239,22 +167,8 @@ class _Attention(nn.Module):
 
     def normed(self, name, x):
         c = self.config
-        norm = _Norm("rms", c.norm_eps, self.param_dtype, False, c.norm_plus_one, name=name)
+        norm = Norm("rms", c.norm_eps, self.param_dtype, False, c.norm_plus_one, name=name)
         return norm(x) if c.qk_norm_over == "head" else norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
-
-
-class _Mlp(nn.Module):
-    config: ModelConfig
-    param_dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x):
-        c = self.config
-        linear = partial(_Linear, use_bias=c.mlp_bias, param_dtype=self.param_dtype, config=c)
-        activation = ACTIVATION_FUNCTIONS[c.activation]
-        up = linear((c.mlp_dim,), name="up")(x)
-        inner = activation(linear((c.mlp_dim,), name="gate")(x)) * up if c.gated_mlp else activation(up)
-        return linear((c.embed_dim,), name="down")(inner)
 
 
 class _Block(nn.Module):
@@ -265,7 +179,7 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, angles, mask, weights, cached):
-        c, norm = self.config, partial(_norm, self.config, self.param_dtype)
+        c, norm = self.config, partial(residual_norm, self.config, self.param_dtype)
         before, after = c.norm_place != "post", c.norm_place != "pre"
         drop = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
         normed = norm("attention_norm")(x) if before else x
@@ -284,7 +198,7 @@ class _Block(nn.Module):
         """The feed-forward layer, or the experts in its place and the sums of their router."""
         c = self.config
         if not self.layer.sparse:
-            return _Mlp(c, self.param_dtype, name="mlp")(x), {}
+            return Mlp(c, self.param_dtype, name="mlp")(x), {}
         activation = ACTIVATION_FUNCTIONS[c.activation]
         return Experts(c, self.param_dtype, activation, self.mesh, name="experts")(x, weights)
 
@@ -363,7 +277,7 @@ class _Decoder(nn.Module):
             self.param("head", lambda key: {"kernel": normal(key, shape, self.param_dtype)})
         if c.score_head:
             self.param("score", lambda key: init_score_head(key, c, dtype=self.param_dtype))
-        x = _norm(c, self.param_dtype, "final_norm")(x)
+        x = residual_norm(c, self.param_dtype, "final_norm")(x)
         return x, None if cache is None else write(cache, rows, new, x), add_sums(sums)
 
     def _scan(self, segment):

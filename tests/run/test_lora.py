@@ -15,6 +15,7 @@ from jaxalign.cli import app
 from jaxalign.config import parse_config
 from jaxalign.run import evaluate_stage, pick_stage, run
 from jaxalign.run import stage as stage_module
+from jaxalign.run import start as start_module
 from tests.run.test_resume import lines, weights
 
 PROMPTED = {"num_generations": 2, "max_completion_length": 6}
@@ -122,8 +123,8 @@ def test_over_quantised_weights(kind, lora):
 def test_other_methods(method, lora, monkeypatch):
     """They train an adapter, load the base once, resume with it, and export a whole model that has moved."""
     loads = []
-    load = stage_module.load_policy
-    monkeypatch.setattr(stage_module, "load_policy", lambda ready, path: loads.append(path) or load(ready, path))
+    load = start_module.load_policy
+    monkeypatch.setattr(start_module, "load_policy", lambda ready, path: loads.append(path) or load(ready, path))
     lora["method"] = method
     if method["name"] != "reward":
         lora |= {"rollout": {"rewards": [{"name": "length_target", "options": {"target": 20}}]}}

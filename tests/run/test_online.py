@@ -20,6 +20,7 @@ from jaxalign.config import config_text, difference, parse_config, read_config_t
 from jaxalign.rewards import RewardError
 from jaxalign.run import evaluate_stage, pick_stage, run
 from jaxalign.run import stage as stage_module
+from jaxalign.run import start as start_module
 from jaxalign.run.online import make_passes
 from tests.run.conftest import TEXT, finish
 from tests.run.test_resume import lines, logged, saving, wait_until, weights
@@ -101,8 +102,8 @@ def start(settings, **options):
 
 def test_a_run_from_prompts_to_an_exported_folder(online, monkeypatch):
     loads = []
-    load = stage_module.load_policy
-    monkeypatch.setattr(stage_module, "load_policy", lambda ready, path: loads.append(path) or load(ready, path))
+    load = start_module.load_policy
+    monkeypatch.setattr(start_module, "load_policy", lambda ready, path: loads.append(path) or load(ready, path))
     result = start(online)
     assert loads == [online["model"]["path"]]  # policy and reference from the same file
     found = records(result.folder)
@@ -138,8 +139,8 @@ def test_a_run_from_prompts_to_an_exported_folder(online, monkeypatch):
 def test_without_kl_no_reference_is_loaded(online, monkeypatch):
     """Not at the start, and on resuming nothing is loaded at all."""
     loads = []
-    load = stage_module.load_policy
-    monkeypatch.setattr(stage_module, "load_policy", lambda ready, path: loads.append(path) or load(ready, path))
+    load = start_module.load_policy
+    monkeypatch.setattr(start_module, "load_policy", lambda ready, path: loads.append(path) or load(ready, path))
     asked = []
 
     def counted(ready, reference, functions, frozen):
@@ -147,7 +148,7 @@ def test_without_kl_no_reference_is_loaded(online, monkeypatch):
         assert found == {}
         return found
 
-    monkeypatch.setattr(stage_module, "make_passes", counted)
+    monkeypatch.setattr(start_module, "make_passes", counted)
     online["method"] |= {"beta": 0.0}
     online["train"] |= {"max_steps": 3, "eval_steps": 100}
     result = start(online)

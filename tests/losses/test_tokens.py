@@ -106,7 +106,7 @@ def test_huge_logits_stay_finite(case):
     hidden, head, predictions = case
     function = partial(token_statistics, lambda h: h @ head * 1e4, predictions=predictions, square_sums=True)
     got = function(hidden)
-    assert all(np.isfinite(np.asarray(value)).all() for value in got)
+    assert all(np.isfinite(np.asarray(value)).all() for value in jax.tree.leaves(got))
     assert np.isfinite(jax.grad(lambda h: function(h).logps.sum())(hidden)).all()
 
 

@@ -87,6 +87,7 @@ def _block(rows: int, groups: int) -> int:
 
 def _each_block(block: int, sizes, body, start):
     """`body(group, first row, rows that are the group's own, carry)` for each block, in the order of the rows."""
+    sizes = jnp.asarray(sizes)
     starts, counts = jnp.cumsum(sizes) - sizes, -(-sizes // block)
     ends = jnp.cumsum(counts)
 

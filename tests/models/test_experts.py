@@ -57,13 +57,11 @@ def test_which_product_runs_where():
 
 
 def test_a_sparse_layer_is_a_loop_over_tokens():
-    """One block without attention's help: its experts' output, token by token; some experts get none."""
-    changes = SPARSE | {"num_layers": 1, "windows": (None,), "sparse_layers": (True,)}
+    """One block without attention's help: its experts' output, token by token; of 40 experts 10 and more get none."""
+    changes = SPARSE | {"num_layers": 1, "windows": (None,), "sparse_layers": (True,), "num_experts": 40}
     model, variables = tiny_model(**changes)
     block = variables["params"]["segment_0"]["block_0"]
     leaves = jax.tree.map(lambda x: np.asarray(x[0], np.float64), block["experts"])
-    leaves["router"]["kernel"][:, 5:] = -40 * leaves["router"]["kernel"].mean(1, keepdims=True)
-    block["experts"]["router"]["kernel"] = jnp.asarray(leaves["router"]["kernel"][None], jnp.float32)
     block["attention"]["output"]["kernel"] *= 0.0
     block["mlp_norm"]["scale"] = jnp.ones_like(block["mlp_norm"]["scale"])
     variables["params"]["final_norm"]["scale"] = jnp.ones_like(variables["params"]["final_norm"]["scale"])
@@ -78,7 +76,7 @@ def test_a_sparse_layer_is_a_loop_over_tokens():
         inner = x @ gate
         return (inner / (1 + np.exp(-inner)) * (x @ up)) @ down
 
-    loads, sums = np.zeros(8), np.zeros(8)
+    loads, sums = np.zeros(40), np.zeros(40)
     embedding = np.asarray(variables["params"]["embed"]["embedding"], np.float64)
     for row, column in zip(*np.nonzero(np.asarray(rows.documents)), strict=True):
         x = embedding[rows.tokens[row, column]]
@@ -95,7 +93,7 @@ def test_a_sparse_layer_is_a_loop_over_tokens():
         np.testing.assert_allclose(hidden[row, column], norm(x), atol=2e-5)
         loads[best] += 1
         sums += probs
-    assert loads.sum() == 2 * 15 and (loads == 0).any() and (loads > 0).sum() > 2
+    assert loads.sum() == 2 * 15
     np.testing.assert_array_equal(aux["expert_loads"], loads)
     np.testing.assert_allclose(aux["router_probs"], sums, rtol=1e-5)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -100,6 +100,7 @@ def attach_reference(ready: Prepared, folder: Path, load: Callable[[str], Variab
     run = jax.jit(ready.method.make_reference(stage.method, ready.model))
     if not stage.method.precompute_ref_log_probs:
         return Examples(train, held_out, partial(run, load_reference(ready, load)))
+    reference = cache(partial(load_reference, ready, load))
     dtypes = f"{stage.model.param_dtype} {resolve_dtype(stage.model.compute_dtype)}"
     fingerprint = f"{models.fingerprint(path)} {dtypes}"
     if stage.model.quantization is not None:
@@ -110,7 +111,7 @@ def attach_reference(ready: Prepared, folder: Path, load: Callable[[str], Variab
     def attach(examples: data.Examples) -> ExampleList:
         where = folder / "reference" / f"{cache_key(examples, fingerprint)}.npy"
         say(f"reference log-probs: {'read from' if where.is_file() else 'computed into'} {where}")
-        fill = lambda batch: run(load_reference(ready, load), batch)  # noqa: E731
+        fill = lambda batch: run(reference(), batch)  # noqa: E731
         return precompute(ready.method, stage.method, examples, ready.layout, ready.mesh, fill, where)
 
     return Examples(attach(train), None if held_out is None else attach(held_out), None)

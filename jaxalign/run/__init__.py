@@ -170,12 +170,8 @@ def resolve_inputs(stage: Stage, policies: Mapping[str, str]) -> Stage:
 
 
 def _lineage(ready: Prepared) -> dict[str, Any]:
-    model, lora, report, rows = (
-        ready.stage.model,
-        ready.stage.lora,
-        ready.data.report,
-        [each.rows for each in (ready.data.train, ready.data.eval) if each is not None],
-    )
+    model, lora, report = ready.stage.model, ready.stage.lora, ready.data.report
+    rows = [each.rows for each in (ready.data.train, ready.data.eval) if each is not None]
     return {
         "policy": {"from": model.path, "sha256": models.fingerprint(model.path)},
         "reference": model.reference and {"from": model.reference, "sha256": models.fingerprint(model.reference)},

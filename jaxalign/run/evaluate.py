@@ -35,15 +35,14 @@ def evaluate_stage(stage: Stage, path: str | None, *, say: Say) -> dict[str, flo
     if is_online(METHODS[stage.method_name]):
         ready = prepare(stage)
         judge = make_judge(ready, load_scoring(ready), ready.data.eval or ready.data.train)
-        load = functools.partial(load_policy, ready)
-        return Interval().add(judge(load_start(ready, load) if path is None else load(path))).values()
+        return Interval().add(judge(_judged(ready, path, functools.partial(load_policy, ready)))).values()
     if needs_reference(METHODS[stage.method_name], stage.method):
         method = replace(stage.method, precompute_ref_log_probs=False)
         stage = replace(stage, method=method, model=replace(stage.model, reference_cache=None))
     ready = prepare(stage)
     load = functools.cache(functools.partial(load_policy, ready))
     examples = attach_reference(ready, load, say)
-    policy = load_start(ready, load) if path is None else load(path)
+    policy = _judged(ready, path, load)
     judged, lookup = ready.data.train, examples.train
     if ready.data.eval is not None and examples.eval is not None:
         judged, lookup = ready.data.eval, examples.eval
@@ -52,6 +51,14 @@ def evaluate_stage(stage: Stage, path: str | None, *, say: Say) -> dict[str, flo
     bias = models.load_config(path or stage.model.path).score_bias
     ready = replace(ready, model=ready.model.rebuild(replace(ready.model.config, score_bias=bias)))
     return Interval().add(make_evaluate(ready, lookup, judged, examples.fill)(params, frozen)).values()
+
+
+def _judged(ready: Prepared, path: str | None, load: Callable[[str], Variables]) -> Variables:
+    """The stage's start, or another policy as it is: an export is in full, whatever its training was."""
+    if path is None:
+        return load_start(ready, load)
+    full = replace(ready.stage, model=replace(ready.stage.model, quantization=None))
+    return load_policy(replace(ready, stage=full), path)
 
 
 def make_evaluate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -116,7 +116,7 @@ def attach_reference(ready: Prepared, load: Callable[[str], Variables], say: Say
         return Examples(train, held_out, moving, moving)
     if not stage.method.precompute_ref_log_probs:
         return Examples(train, held_out, partial(run, load_reference(ready, load)))
-    folder = reference_folder(stage)
+    folder, reference = reference_folder(stage), cache(partial(load_reference, ready, load))
     dtypes = f"{stage.model.param_dtype} {resolve_dtype(stage.model.compute_dtype)}"
     fingerprint = f"{models.fingerprint(path)} {dtypes}"
     if stage.model.quantization is not None:
@@ -127,7 +127,7 @@ def attach_reference(ready: Prepared, load: Callable[[str], Variables], say: Say
     def attach(examples: data.Examples) -> ExampleList:
         key = cache_key(examples, fingerprint)
         say(f"reference log-probs: kept in {folder / key}")
-        fill = lambda batch: run(load_reference(ready, load), batch)  # noqa: E731
+        fill = lambda batch: run(reference(), batch)  # noqa: E731
         return precompute(ready.method, stage.method, examples, ready.layout, ready.mesh, fill, folder, key)
 
     return Examples(attach(train), None if held_out is None else attach(held_out), None)

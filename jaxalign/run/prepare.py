@@ -179,6 +179,8 @@ def _check_evaluation(ready: Prepared) -> None:
             )
     if model.reference and not needs_reference(ready.method, ready.stage.method):
         raise ValueError(f"model.reference: the method {ready.stage.method_name} has no reference; leave it away")
+    if getattr(ready.stage.method, "sync_ref_model", False) and (ready.stage.lora or model.trainable):
+        raise ValueError("method.sync_ref_model: the reference follows the whole policy; train all parameters")
     if model.reference_cache and not getattr(ready.stage.method, "precompute_ref_log_probs", False):
         raise ValueError("model.reference_cache: nothing is kept there without method.precompute_ref_log_probs: true")
     if trains_scores(ready.method) and ready.stage.log.sample_steps:

@@ -159,7 +159,9 @@ def test_a_stranger_at_the_port_is_not_taken_for_a_process(coordinator):
     found = call_roll(coordinator, (0, 2))
     thread.join()
     waiting.join()
-    assert all(isinstance(each, Line) for each in [*found, *results])
+    for line in [*found, *results]:
+        assert isinstance(line, Line)
+        hang_up(line)
 
 
 @pytest.mark.parametrize("address", ["here", ":80", "a:b", "a:0", "a:65535", "a:-1"])

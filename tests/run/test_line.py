@@ -93,6 +93,8 @@ def test_the_others_are_told_of_an_error(coordinator, who: int):
         hang_up(lines[who])
     found = wait_for(ended, 3)
     leaving.join(10)
+    if not who:
+        hang_up(lines[0])
     assert set(found) == {0, 1, 2, 3} - {who}
     for code, text in found.values():
         assert code == 1 and text.startswith(f"process {who} (") and text.endswith("data/x.jsonl: no rows")

@@ -191,6 +191,8 @@ def _call_roll(port: int, count: int, own: str, end: float, seconds: float) -> t
     for peer in peers.values():
         peer.send(told)
     if problem is not None:
+        for peer in peers.values():
+            peer.close()
         raise ValueError(f"the processes did not come together: {problem}")
     return peers, names
 
@@ -211,6 +213,7 @@ def _admit(peer: Peer, count: int, names: dict[int, str], peers: dict[int, Peer]
         problem = f"two processes have the number {said['process']}: {names[said['process']]} and {said['name']}"
     if problem is not None:
         peer.send({"problem": problem, "names": {}})
+        peer.close()
         return problem
     names[said["process"]], peers[said["process"]] = said["name"], peer
     return None
@@ -231,7 +234,10 @@ def _report(
         try:
             said = peer.receive(end + 5)  # process 0 keeps the time, and says who is missing
         except TimeoutError:
+            peer.close()
             break
+        if said is None or said["problem"] is not None:
+            peer.close()
         if said is None:
             why = "it closed the connection"
             time.sleep(0.2)

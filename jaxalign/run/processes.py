@@ -81,7 +81,7 @@ def find_group(environment: Mapping[str, str], *, chips: int = 0) -> Group | Non
         for name, theirs in zip(NAMES[1:], counted, strict=True):
             given.setdefault(name, environment[theirs])
     missing = [name for name in NAMES if name not in given]
-    if missing == ["JAXALIGN_COORDINATOR"] and given["JAXALIGN_PROCESSES"] == "1":
+    if missing and given.get("JAXALIGN_PROCESSES") == "1" and given.get("JAXALIGN_PROCESS", "0") == "0":
         return None
     if missing:
         raise ValueError(

@@ -319,7 +319,7 @@ def _metrics(config: Config, batch: Batch, totals: Totals, tokens, ratios: _LogR
     completions, n = batch.predictions.completions, batch.present.shape[0]
     present, labels = batch.present[0::2], batch.fields["labels"][0::2]
     own = ((completions >= 0) & (completions % 2 == 0)).astype(jnp.float32)
-    liked = own * batch.fields["labels"][jnp.clip(completions, 0)]
+    liked = own * jnp.asarray(batch.fields["labels"])[jnp.clip(completions, 0)]
     rewards, logps = config.beta * ratios.own, sum_by_completion(tokens.logps, completions, n)[0::2]
     kinds = {"chosen": present * labels, "rejected": present * (1 - labels)}
     means = {kind: jnp.where(mask > 0, rewards, 0).sum() for kind, mask in kinds.items()}

@@ -92,7 +92,7 @@ def pair_tokens(example: Mapping[str, np.ndarray]) -> tuple[int, int]:
 
 
 def _pairs(examples: Examples) -> Examples:
-    if "sizes" in examples.arrays:
+    if "ranks" in examples.arrays:
         return examples.select(np.flatnonzero(examples.arrays["sizes"].lengths[examples.index] == 2))
     return examples if "chosen_ids" in examples.arrays else examples.select(np.zeros(0, np.int64))
 

@@ -21,7 +21,9 @@ CONFIG = process_reward.Config()
 
 @pytest.fixture(scope="module")
 def scorer():
-    model, variables = tiny_model(lm_head=False, score_head=True, score_labels=2, num_layers=2, windows=(None, 9))
+    model, variables = tiny_model(
+        lm_head=False, score_head=True, score_labels=2, num_layers=2, windows=(None, 9), output_bias=True
+    )
     assert variables["params"]["score"]["kernel"].shape == (32, 2)
     assert float(jnp.abs(variables["params"]["score"]["bias"]).min()) > 0
     return model, variables
@@ -60,13 +62,16 @@ def test_the_loss_is_the_cross_entropy_at_the_separators_however_split(scorer):
     assert relative(parts, whole) <= 1e-5
     assert others["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
     # The two rows of the head move apart by the same amount: only their difference counts.
-    head = whole["score"]
+    head = whole["params"]["score"]
     np.testing.assert_allclose(head["kernel"][:, 0], -head["kernel"][:, 1], rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(head["bias"][0], -head["bias"][1], rtol=1e-4)
 
 
 def test_scores_of_steps(scorer):
     model, variables = scorer
+    # Probabilities that float32 tells from 0 and 1.
+    head = jax.tree.map(lambda x: 0.1 * x, variables["params"]["score"])
+    variables = {"params": {**variables["params"], "score": head}}
     examples = ragged_steps(7, seed=2)
     found = process_reward.score_steps(model, variables, examples, micro_batch_size=3)
     assert [len(each) for each in found] == [len(example["ends"]) for example in examples]

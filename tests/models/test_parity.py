@@ -40,11 +40,11 @@ NUMERIC = {
 }  # fmt: skip
 STRUCTURE = {
     "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "lm_head",
-    "score_head", "sparse_layers", "num_experts", "expert_mlp_dim", "shared_mlp_dim",
+    "score_head", "score_labels", "sparse_layers", "num_experts", "expert_mlp_dim", "shared_mlp_dim",
 }  # fmt: skip
 INERT = {
     "family", "max_position", "dropout", "attention_dropout", "bos_id", "eos_ids", "pad_id", "score_bias",
-    "router_aux_loss_coef",
+    "router_aux_loss_coef", "lora",
 }  # fmt: skip
 SHARED = {"theta", "kind", "partial", "interleaved"}
 ROPE_FIELDS = {

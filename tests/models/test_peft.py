@@ -94,7 +94,7 @@ def test_what_differs_by_layer_is_merged_but_does_not_train(base, tmp_path):
         return cut
 
     rewrite(folder, change)
-    with pytest.raises(ValueError, match=r"it has nothing for model.layers.2.self_attn.q_proj"):
+    with pytest.raises(ValueError, match=r"there is nothing for model.layers.2.self_attn.q_proj"):
         models.load_adapter(folder, *models.load(base))
     edit(folder, rank_pattern={Q.format(1): 2}, alpha_pattern={r"layers\.1\.self_attn\.q_proj": 8})
     content, plain, merged = (
@@ -106,7 +106,7 @@ def test_what_differs_by_layer_is_merged_but_does_not_train(base, tmp_path):
         name = f"base_model.model.{Q.format(layer)}"
         delta = 0.0 if not scale else scale * content[f"{name}.lora_B.weight"] @ content[f"{name}.lora_A.weight"]
         np.testing.assert_allclose(kernels(merged, layer), kernels(plain, layer) + np.transpose(delta), atol=1e-6)
-    with pytest.raises(ValueError, match="modules differ in rank or alpha; merge it first"):
+    with pytest.raises(ValueError, match="modules of different rank or alpha cannot train on; merge it first"):
         models.load_adapter(folder, *models.load(base))
 
 
@@ -116,7 +116,7 @@ def test_replaced_modules(base, tmp_path):
     new = np.full((64,), 3.0, np.float32)
     rewrite(folder, lambda content: {**content, "base_model.model.model.norm.weight": new})
     np.testing.assert_array_equal(models.load(folder)[1]["params"]["final_norm"]["scale"], new)
-    with pytest.raises(ValueError, match=r"model.norm.weight takes the base's place; merge it first"):
+    with pytest.raises(ValueError, match=r"it replaces model.norm.weight \(modules_to_save\); merge it first"):
         models.load_adapter(folder, *models.load(base))
 
 
@@ -125,14 +125,14 @@ def test_an_adapter_for_another_base(base, tmp_path):
     adapter(base, folder)
     tiny.write_folder(tmp_path / "other", tiny.CONFIGS["qwen2"] | {"hidden_size": 32, "num_attention_heads": 2})
     edit(folder, base_model_name_or_path=str(tmp_path / "other"))
-    # A is [4, 64] for 64 inputs; the other base's query has 32.
-    with pytest.raises(ValueError, match=r"q_proj: A \[4, 64\] and B \[64, 4\] do not fit .* made for another base"):
+    # B is [64, 4] for 64 outputs; the other base has 32.
+    with pytest.raises(ValueError, match=r"down_proj: A \[4, 96\] and B \[64, 4\] do not fit .* made for another base"):
         models.load(folder)
-    with pytest.raises(ValueError, match=r"q_proj has 64 inputs and 64 outputs, in the base 32 and 32"):
+    with pytest.raises(ValueError, match=r"down_proj has 96 inputs and 64 outputs, in the base 96 and 32"):
         models.load_adapter(folder, *models.load(tmp_path / "other"))
     tiny.write_folder(tmp_path / "gpt2", tiny.CONFIGS["gpt2"])
     edit(folder, base_model_name_or_path=str(tmp_path / "gpt2"))
-    with pytest.raises(ValueError, match=r"the base has no model.layers.0.self_attn.q_proj"):
+    with pytest.raises(ValueError, match=r"the base has no model.layers.0.mlp.down_proj"):
         models.load(folder)
 
 

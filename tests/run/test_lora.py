@@ -120,14 +120,19 @@ def test_over_quantised_weights(kind, lora):
     ],
     ids=["reward", "grpo", "ppo", "ppo shared", "online_preference"],
 )
-def test_other_methods(method, lora, monkeypatch):
+def test_other_methods(method, lora, tmp_path, monkeypatch):
     """They train an adapter, load the base once, resume with it, and export a whole model that has moved."""
     loads = []
     load = start_module.load_policy
     monkeypatch.setattr(start_module, "load_policy", lambda ready, path: loads.append(path) or load(ready, path))
     lora["method"] = method
     if method["name"] != "reward":
-        lora |= {"rollout": {"rewards": [{"name": "length_target", "options": {"target": 20}}]}}
+        # Completions of the tiny model are of one length: what is rewarded must tell them apart.
+        rewards = tmp_path / "rewards.py"
+        rewards.write_text(
+            "def varied(completion_ids, **columns):\n    return [sum(ids) % 11 for ids in completion_ids]\n"
+        )
+        lora |= {"rollout": {"rewards": [{"name": f"{rewards}:varied"}]}}
         lora["train"] = {"batch_size": 2, "max_steps": 2, "save_steps": 1}
         lora["data"] = {**lora["data"], "eval_ratio": None}
     lora["train"] = {**lora["train"], "max_steps": 2}

@@ -122,7 +122,7 @@ def test_sft_gradients_do_not_depend_on_the_mesh(mesh, wanted_sft):
 
 def test_in_float64_only_rounding_is_left():
     with jax.enable_x64(True):
-        model = tiny_model(dtype="float64")
+        model = tiny_model(dtype="float64", num_layers=2, windows=(None, 9))
         whole = run_preference(*model, micro_batch_size=8)
         assert whole[0]["params"]["embed"]["embedding"].dtype == np.float64
         for layout in LAYOUTS.values():

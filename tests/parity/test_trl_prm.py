@@ -16,8 +16,6 @@ from jaxalign.methods import process_reward
 from jaxalign.types import TokenRows
 from tests.layouts import relative
 from tests.models import tiny
-from tests.parity.test_reward import draw_parameters, padded, ragged
-from tests.parity.test_trl_ppo import trainers  # noqa: F401  (the fixture that finds TRL 1.12)
 
 torch = pytest.importorskip("torch")
 
@@ -30,6 +28,9 @@ from transformers import (  # noqa: E402
     DataCollatorForTokenClassification,
     PreTrainedTokenizerFast,
 )
+
+from tests.parity.test_reward import draw_parameters, padded, ragged  # noqa: E402
+from tests.parity.test_trl_ppo import trainers  # noqa: E402, F401  (the fixture that finds TRL 1.12)
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
 

@@ -85,7 +85,8 @@ def test_a_score_head_in_transformers(name, tmp_path):
     models.save(tmp_path / "out", model, variables, None)
     wanted = model.scores(variables, ours(model, variables))[0, -1]
     found = read_by_torch(tmp_path / "out", transformers.AutoModelForSequenceClassification)
-    assert np.abs(found - wanted).max() < TOLERANCE and abs(float(wanted)) > 0.1
+    # Far enough from 0 for the difference to mean something.
+    assert np.abs(found - wanted).max() < TOLERANCE < abs(float(wanted)) / 500
 
 
 def test_the_text_part_of_gemma3(tmp_path):

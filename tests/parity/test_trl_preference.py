@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,9 @@ import pytest
 
 from jaxalign.losses import DIVERGENCES, MARGIN_LOSSES, PREFERENCE_LOSSES, TokenStatistics, token_statistics
 from jaxalign.methods import common, preference, reference_free
+from jaxalign.training.coupled import CoupledLoss, alone
 from jaxalign.types import Batch, Predictions, TokenRows
+from tests.layouts import tiny_model
 
 torch = pytest.importorskip("torch")
 trl = pytest.importorskip("trl")
@@ -42,6 +44,8 @@ DTYPES = {"float32": (1e-5, torch.float32), "float64": (1e-9, torch.float64)}
 
 class Model(SimpleNamespace):
     """What the trainers call: gives the same outputs whatever it is asked."""
+
+    _modules: ClassVar[dict] = {}  # accelerate looks into it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.outputs
@@ -83,7 +87,8 @@ def ours(method, config, given, batch, monkeypatch, statistics):
 
     monkeypatch.setattr(common, "read", read)
     totals = {name: total for name, total in method.totals(batch).items()}
-    loss = method.make_loss(config, None)
+    loss = method.make_loss(config, tiny_model()[0])
+    loss = alone(loss) if isinstance(loss, CoupledLoss) else loss
     compute = jax.value_and_grad(lambda x: loss({"params": x}, {}, batch, totals, None), has_aux=True)
     (value, metrics), grads = jax.jit(compute)(given)
     return float(value), np.asarray(grads), {name: metric.value() for name, metric in metrics.items()}
@@ -150,7 +155,7 @@ def compare_dpo(settings, dtype, monkeypatch, spread=0.4):
         zeros = jnp.zeros(logps.shape, dtype)
 
         def statistics(given, predictions):
-            return TokenStatistics(given, zeros, zeros, zeros, jnp.asarray(squares))
+            return TokenStatistics(given, zeros, zeros, zeros, zeros, jnp.asarray(squares))
 
         batch = our_batch({"ref_logps": reference})
         got = ours(preference, preference.Config(**settings), logps, batch, monkeypatch, statistics)

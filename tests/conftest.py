@@ -39,3 +39,10 @@ def smollm2() -> Path:
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_forgotten():
+    """The compiled programs of all modules together would fill 10 GB of each test process."""
+    yield
+    jax.clear_caches()

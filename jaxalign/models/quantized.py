@@ -186,7 +186,11 @@ def _encode_nf4(x: Array) -> jax.Array:
 
 
 def _decode_nf4(values: Array) -> jax.Array:
-    codes = jnp.concatenate([values & 15, values >> 4], axis=-2)
+    # Each half by itself: XLA makes one loop of it then, and keeps none of the choices.
+    return jnp.concatenate([_level(values & 15), _level(values >> 4)], axis=-2)
+
+
+def _level(codes: Array) -> jax.Array:
     # A tree of choices, bit by bit: a look-up in a table is slow on TPUs, and on CPU it is no vector instruction.
     levels: list[Any] = [jnp.float32(level) for level in NF4]
     for bit in range(4):

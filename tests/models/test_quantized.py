@@ -141,7 +141,6 @@ def test_the_full_precision_base_never_exists_at_once():
     assert memory is not None and blocks > 34e6
     adapter = 3 * 4 * sum(leaf.size for leaf in jax.tree.leaves(variables["lora"]))
     assert memory.argument_size_in_bytes - adapter < 1.2 * blocks * 4.5 / 8 + 4 * 256 * 512
-    # All that is there for a moment, activations and gradients with it, is less than the weights alone would be.
-    assert memory.temp_size_in_bytes < 0.9 * 4 * blocks
+    assert memory.temp_size_in_bytes < 0.5 * 4 * blocks
     # One layer of it at a time is what there is at full precision: a twelfth, and the activations.
     assert memory.temp_size_in_bytes > 4 * blocks / 12 / 4

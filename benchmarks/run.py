@@ -42,7 +42,7 @@ class Variant(NamedTuple):
 
 OFFLINE, SAMPLING = ("sft", "dpo"), ("sample", "sample-ragged")
 VARIANTS = {
-    "jaxalign": Variant("jaxalign", "float32", ("--micro-batch-size", "2")),
+    "jaxalign": Variant("jaxalign", "float32"),
     "jaxalign-waves": Variant("jaxalign", "float32", ("--waves",), ("sample-ragged",)),
     "trl": Variant("trl", "float32"),
     "tunix": Variant("tunix", "float32"),
@@ -56,7 +56,7 @@ VARIANTS = {
     "trl-bf16-autocast": Variant("trl", "bfloat16", ("--autocast",), (*OFFLINE, "grpo")),
     "tunix-remat": Variant("tunix", "float32", ("--remat", "decoder"), OFFLINE),
     "tunix-bf16": Variant("tunix", "bfloat16"),
-    "jaxalign-bf16": Variant("jaxalign", "bfloat16", ("--micro-batch-size", "2")),
+    "jaxalign-bf16": Variant("jaxalign", "bfloat16"),
 }
 OLDER_TRL = "trl-1.12.0"
 SCRIPTS = {"jaxalign": "ours", "trl": "peer_trl", "tunix": "peer_tunix"}
@@ -74,6 +74,7 @@ class Task(NamedTuple):
       warmup: steps before them.
       repeats: fresh processes of each variant.
       prompts: of one call of a sampler; 0 = as many as `batch_size`.
+      micro_batch_size: jaxalign's; 0 = one micro-batch.
     """
 
     script: str
@@ -83,15 +84,16 @@ class Task(NamedTuple):
     warmup: int
     repeats: int
     prompts: int = 0
+    micro_batch_size: int = 0
 
 
 TASKS = {
     "sft": Task(".py", ("jaxalign", "trl", "tunix", "trl-bf16"), 8, 5, 2, 3),
-    "dpo": Task(".py", ("jaxalign", "trl", "tunix", "trl-bf16"), 8, 5, 2, 3),
+    "dpo": Task(".py", ("jaxalign", "trl", "tunix", "trl-bf16"), 8, 5, 2, 3, micro_batch_size=2),
     "sample": Task("_online.py", ("jaxalign", "trl", "tunix"), 16, 3, 1, 2),
     "sample-ragged": Task("_online.py", ("jaxalign", "jaxalign-waves", "trl", "trl-continuous"), 8, 3, 1, 2, 64),
     "grpo": Task("_online.py", ("jaxalign", "trl", "tunix"), 2, 3, 1, 2),
-    "ppo": Task("_ppo.py", ("jaxalign", "trl"), 16, 3, 1, 2),
+    "ppo": Task("_ppo.py", ("jaxalign", "trl"), 16, 3, 1, 2, micro_batch_size=2),
 }
 # On the larger model a call takes many seconds.
 FEWER = {
@@ -174,6 +176,7 @@ def measure(args: argparse.Namespace, name: str, task: str, plan: Task, folder: 
     command += ["--model", folder, "--data", rows, "--steps", plan.steps, "--warmup", plan.warmup]
     command += ["--batch-size", plan.batch_size, "--dtype", variant.dtype, "--threads", args.threads, *variant.flags]
     command += ["--prompts", plan.prompts or plan.batch_size] if task in SAMPLING else []
+    command += ["--micro-batch-size", plan.micro_batch_size] if variant.trainer == "jaxalign" else []
     environment = ENVIRONMENT
     if task == "ppo" and variant.trainer == "trl":
         # The last release with PPO lies in a folder of its own, beside the one that all else is measured with.

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+MEMORY = 3 * 2**30  # above it a test process forgets what it has compiled
 CACHES = tempfile.TemporaryDirectory(prefix="jaxalign-tests-")
 
 # Read when jax, datasets and transformers are imported; processes that tests start inherit them.
@@ -29,6 +30,20 @@ jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+# Files are handed out whole: the folders with the long ones come first, so that no worker is left with one at the end.
+LONG = ("tests/run", "tests/methods", "tests/sampling", "tests/models")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long folders first, otherwise in the order found."""
+
+    def place(item: pytest.Item) -> int:
+        folder = item.path.relative_to(ROOT).parent.as_posix()
+        return LONG.index(folder) if folder in LONG else len(LONG)
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a GGUF file: `JAXALIGN_SMOLLM2`, or where `make test` puts it."""
@@ -45,4 +60,11 @@ def smollm2() -> Path:
 def programs_are_forgotten():
     """The compiled programs of all modules together would fill 10 GB of each test process."""
     yield
-    jax.clear_caches()
+    if memory() > MEMORY:
+        jax.clear_caches()
+
+
+def memory() -> float:
+    """Bytes that this process holds, as far as the system tells."""
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") if pages.is_file() else float("inf")

@@ -1,5 +1,6 @@
 """Small models and ragged examples on which layouts are compared."""
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -48,16 +49,26 @@ def tiny_config(**changes) -> ModelConfig:
 
 def tiny_model(seed: int = 0, *, dtype: DType = "float32", spread: float = 10.0, **changes):
     """A model and variables with a logit spread of about 1 or more, norms and biases away from their defaults."""
-    model = build(tiny_config(**changes), param_dtype=dtype, compute_dtype=dtype)
-    variables = model.init(jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(variables)
-    noise = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    model, variables = _drawn(seed, dtype, spread, tuple(sorted(changes.items())))
+    return model, jax.tree.map(lambda leaf: leaf, variables)  # dicts of its own
+
+
+@cache
+def _drawn(seed: int, dtype: DType, spread: float, changes: tuple[tuple[str, Any], ...]):
+    """In one program, and once for each set of changes: leaf by leaf it would take longer than most tests."""
+    model = build(tiny_config(**dict(changes)), param_dtype=dtype, compute_dtype=dtype)
 
     def disturb(leaf, key):
         wide = 0.2 * jax.random.normal(key, leaf.shape, leaf.dtype)
-        return leaf * spread if float(jnp.abs(leaf).max()) < 0.5 and leaf.std() > 0 else leaf + wide
+        return jnp.where((jnp.abs(leaf).max() < 0.5) & (leaf.std() > 0), leaf * spread, leaf + wide)
 
-    return model, jax.tree.unflatten(tree, [disturb(leaf, key) for leaf, key in zip(leaves, noise, strict=True)])
+    @jax.jit
+    def draw(key, noise):
+        leaves, tree = jax.tree.flatten(model.init(key))
+        keys = jax.random.split(noise, len(leaves))
+        return jax.tree.unflatten(tree, [disturb(leaf, key) for leaf, key in zip(leaves, keys, strict=True)])
+
+    return model, draw(jax.random.key(seed), jax.random.key(seed + 1))
 
 
 def ragged_pairs(count: int, seed: int = 0, prompt: int = 40, completion: int = 30) -> list[dict[str, np.ndarray]]:

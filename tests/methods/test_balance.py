@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +96,7 @@ def test_the_loss_of_each_micro_batch_would_be_another(sparse, wanted):
     model, variables = sparse
     coupled = sft.make_loss(config, model)
     assert isinstance(coupled, PreparedLoss)
-    method = SimpleNamespace(make_loss=lambda config, model: coupled.loss, totals=sft.totals)
+    method = namedtuple("Method", "make_loss totals")(lambda config, model: coupled.loss, sft.totals)
     alone = gradient(method, config, model, variables, batch)
     assert relative(alone[0], wanted[0]) > 1e-3
 

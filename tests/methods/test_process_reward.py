@@ -32,9 +32,11 @@ def scorer():
 def by_hand(model, variables, examples):
     """Mean cross-entropy and accuracy over all steps, each example alone: the two logits written out."""
     head, losses, hits = variables["params"]["score"], [], []
+    apply = jax.jit(lambda variables, rows: model.apply(variables, rows)[0])
     for example in examples:
-        ids = np.concatenate([example["prompt_ids"], example["completion_ids"]])[None]
-        hidden, _, _ = model.apply(variables, TokenRows.from_padded(ids, np.ones_like(ids)))
+        ids = np.concatenate([example["prompt_ids"], example["completion_ids"]])
+        padded, mask = (np.pad(x, (0, 128 - len(ids)))[None] for x in (ids, np.ones_like(ids)))
+        hidden = apply(variables, TokenRows.from_padded(padded, mask))
         logits = np.asarray(hidden[0], np.float64) @ np.asarray(head["kernel"], np.float64) + np.asarray(head["bias"])
         at = len(example["prompt_ids"]) + example["ends"]
         log_probs = logits[at] - np.log(np.exp(logits[at]).sum(-1, keepdims=True))

@@ -69,6 +69,17 @@ def pairs(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    """Programs of whole runs are compiled in a fraction of the time: what is compared are runs with each other.
+
+    Numbers of the programs that users run are compared in the other folders, which compile as users do.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def one_device(monkeypatch):
     """A run whose `mesh` says nothing has one device, for which programs compile faster than for eight."""

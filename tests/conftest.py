@@ -56,6 +56,21 @@ def smollm2() -> Path:
     pytest.skip(reason)
 
 
+@pytest.fixture(scope="module")
+def compiled_quickly():
+    """Programs without most of XLA's optimisations, which take a fraction of the time to compile.
+
+    For modules that test what is computed, not the program: nothing that reads memory or the compiled text, and
+    no bound of the guarantees without a test elsewhere that compiles as users do (tests/methods/test_layouts.py,
+    tests/sampling, SmolLM2).
+    """
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs_are_forgotten():
     """The compiled programs of all modules together would fill 10 GB of each test process."""

@@ -20,6 +20,8 @@ from jaxalign.training.step import PreparedLoss
 from tests.layouts import SPARSE, ragged_texts, relative, tiny_model
 from tests.methods.test_layouts import assert_same, gradient, run_preference, run_sft
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 COUNT = 7
 UNEVEN = {"micro_batch_size": 3, "micro_batches": 4}  # 3, 3, 1 and no examples
 

@@ -19,6 +19,8 @@ from jaxalign.training.coupled import CoupledLoss
 from jaxalign.types import Experience, Mean
 from tests.layouts import VOCAB, tiny_model
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 WIDTH, STEPS, GENERATIONS = 16, 10, 4
 SIZES = (1, 16, 5, 9, 2, 12)
 PROMPTS = [{"prompt_ids": np.random.default_rng(size).integers(1, VOCAB, size).astype(np.int32)} for size in SIZES]

@@ -19,6 +19,8 @@ from jaxalign.training.step import accumulate
 from jaxalign.types import Experience, Mean, Samples
 from tests.layouts import VOCAB, ragged_pairs, ragged_texts, relative, tiny_model
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 KEY = jax.random.key(0)
 SMALL: dict[str, Any] = {"num_layers": 2, "windows": (9, 9)}
 WIDTH, STEPS, PROMPTS = 40, 12, 7

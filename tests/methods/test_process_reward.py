@@ -16,6 +16,8 @@ from jaxalign.rewards.model import make_scorer
 from jaxalign.types import TokenRows
 from tests.layouts import ragged_steps, relative, tiny_model
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 CONFIG = process_reward.Config()
 
 

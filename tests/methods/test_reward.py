@@ -16,6 +16,8 @@ from jaxalign.training.step import accumulate, evaluate
 from jaxalign.types import TokenRows
 from tests.layouts import ragged_pairs, ragged_rankings, relative, tiny_config, tiny_model
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 MODEL: dict[str, Any] = {"lm_head": False, "score_head": True, "num_layers": 2, "windows": (None, 9)}
 COUNT = 7
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -70,14 +70,8 @@ def pairs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    """Programs of whole runs are compiled in a fraction of the time: what is compared are runs with each other.
-
-    Numbers of the programs that users run are compared in the other folders, which compile as users do.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def every_run(compiled_quickly):
+    """What is compared are runs with each other; numbers are compared in the other folders."""
 
 
 @pytest.fixture

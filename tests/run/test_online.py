@@ -225,8 +225,8 @@ def test_killed_in_the_middle_of_a_rollout_buffer(method, times, online, write_c
         seen = logged(folder)
         got_there = wait_until(lambda seen=seen: logged(folder) > seen + 4, process)
         if attempt == times // 2:
-            saved = folder / "checkpoints"  # once there is a step to go on from
-            got_there = wait_until(lambda: saving(folder) and any(saved.glob("*/SHA256SUMS")), process)
+            # Once there is a step to go on from.
+            got_there = wait_until(lambda: saving(folder) and any(folder.glob("checkpoints/*/SHA256SUMS")), process)
         else:
             time.sleep(chance.random() * 0.2)
         process.send_signal(signal.SIGKILL)

@@ -12,6 +12,8 @@ from jaxalign.sharding import MeshConfig, data_shards, make_mesh, param_sharding
 from jaxalign.training.step import accumulate
 from tests.layouts import ragged_pairs, ragged_texts, relative, tiny_model
 
+# Two layers scanned and one beside them compile faster than five.
+THREE: dict[str, Any] = {"num_layers": 3, "windows": (9, 9, None)}
 COUNT = 7  # not a multiple of any micro-batch size but 1 and 7
 LAYOUTS: dict[str, dict[str, Any]] = {
     "1x8": {"micro_batch_size": 8},
@@ -83,7 +85,7 @@ def assert_same(got, wanted, bound):
 
 @pytest.fixture(scope="module")
 def wanted_preference():
-    return run_preference(*tiny_model(), micro_batch_size=8)
+    return run_preference(*tiny_model(**THREE), micro_batch_size=8)
 
 
 # Every layout, with prompts that are shared or not; with long rows, where both take the same shape, both.
@@ -104,12 +106,12 @@ def wanted_preference():
     ],
 )
 def test_preference_gradients_do_not_depend_on_the_layout(layout, share, wanted_preference):
-    assert_same(run_preference(*tiny_model(), share=share, **LAYOUTS[layout]), wanted_preference, 1e-5)
+    assert_same(run_preference(*tiny_model(**THREE), share=share, **LAYOUTS[layout]), wanted_preference, 1e-5)
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES.keys())
 def test_preference_gradients_do_not_depend_on_the_mesh(mesh, wanted_preference):
-    assert_same(run_preference(*tiny_model(), mesh=make_mesh(mesh), micro_batch_size=4), wanted_preference, 1e-5)
+    assert_same(run_preference(*tiny_model(**THREE), mesh=make_mesh(mesh), micro_batch_size=4), wanted_preference, 1e-5)
 
 
 # Those that read lengths, steps, the policy's own probabilities or a likelihood with a denominator of its own.
@@ -129,10 +131,6 @@ def test_other_losses_split_alike(kind):
     model, (run, settings) = tiny_model(num_layers=1, windows=(9,)), READING[kind]
     whole = run(*model, settings=settings, micro_batch_size=8)
     assert_same(run(*model, settings=settings, micro_batch_size=2, micro_batches=5, share=False), whole, 1e-5)
-
-
-# Two layers scanned and one beside them compile faster than five.
-THREE: dict[str, Any] = {"num_layers": 3, "windows": (9, 9, None)}
 
 
 @pytest.fixture(scope="module")

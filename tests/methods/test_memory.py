@@ -1,6 +1,7 @@
 """Memory: no array of vocabulary × tokens, whatever the batch, and no hidden states of all micro-batches."""
 
 from dataclasses import replace
+from functools import cache
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from tests.layouts import ragged_thumbs, tiny_model
 VOCAB, LENGTH = 32_000, 512
 
 
+@cache
 def temporary_bytes(vocab: int, pairs: int) -> int:
     config = ModelConfig(
         "llama", vocab, 32, 2, 2, 2, 16, 64, 1024, rope=Rope(), windows=(None, None), tie_embeddings=True
@@ -55,6 +57,7 @@ def test_more_predictions_do_not_need_more_logits():
     assert growth(VOCAB) - growth(320) < 5 * per_row
 
 
+@pytest.mark.slow
 def test_a_coupled_loss_does_not_hold_the_micro_batches():
     """Temporaries of 8 micro-batches less those of 2: a few numbers per completion, no hidden states."""
     model, variables = tiny_model(num_layers=1, windows=(9,))

@@ -24,7 +24,7 @@ CONFIG = process_reward.Config()
 @pytest.fixture(scope="module")
 def scorer():
     model, variables = tiny_model(
-        lm_head=False, score_head=True, score_labels=2, num_layers=2, windows=(None, 9), output_bias=True
+        lm_head=False, score_head=True, score_labels=2, num_layers=2, windows=(9, 9), output_bias=True
     )
     assert variables["params"]["score"]["kernel"].shape == (32, 2)
     assert float(jnp.abs(variables["params"]["score"]["bias"]).min()) > 0

@@ -22,6 +22,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import jax  # noqa: E402
 
+from tests.compiling import quick_compiles  # noqa: E402
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Set here and not in the environment: a child process killed in the middle of a write would leave a broken entry.
 # The size limit is what makes jax lock the folder, which parallel workers share.
@@ -58,16 +60,14 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="module")
 def compiled_quickly():
-    """Programs without most of XLA's optimisations, which take a fraction of the time to compile.
+    """Programs compile in a sixth of the time, to slower code.
 
     For modules that test what is computed, not the program: nothing that reads memory or the compiled text, and
     no bound of the guarantees without a test elsewhere that compiles as users do (tests/methods/test_layouts.py,
     tests/sampling, SmolLM2).
     """
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    with quick_compiles():
+        yield
     jax.clear_caches()
 
 

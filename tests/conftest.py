@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+MEMORY = 3 * 2**30  # above it a test process forgets what it has compiled
 CACHES = tempfile.TemporaryDirectory(prefix="jaxalign-tests-")
 
 # Read when jax, datasets and transformers are imported; processes that tests start inherit them.
@@ -21,12 +22,28 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import jax  # noqa: E402
 
+from tests.compiling import quick_compiles  # noqa: E402
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Set here and not in the environment: a child process killed in the middle of a write would leave a broken entry.
 # The size limit is what makes jax lock the folder, which parallel workers share.
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAXALIGN_TEST_CACHE") or str(ROOT / ".cache" / "xla"))
 jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+# Files are handed out whole: the folders with the long ones come first, so that no worker is left with one at the end.
+LONG = ("tests/run", "tests/methods", "tests/sampling", "tests/models")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long folders first, otherwise in the order found."""
+
+    def place(item: pytest.Item) -> int:
+        folder = item.path.relative_to(ROOT).parent.as_posix()
+        return LONG.index(folder) if folder in LONG else len(LONG)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
@@ -41,8 +58,28 @@ def smollm2() -> Path:
     pytest.skip(reason)
 
 
+@pytest.fixture(scope="module")
+def compiled_quickly():
+    """Programs compile in a sixth of the time, to slower code.
+
+    For modules that test what is computed, not the program: nothing that reads memory or the compiled text, and
+    no bound of the guarantees without a test elsewhere that compiles as users do (tests/methods/test_layouts.py,
+    tests/sampling, SmolLM2).
+    """
+    with quick_compiles():
+        yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs_are_forgotten():
     """The compiled programs of all modules together would fill 10 GB of each test process."""
     yield
-    jax.clear_caches()
+    if memory() > MEMORY:
+        jax.clear_caches()
+
+
+def memory() -> float:
+    """Bytes that this process holds, as far as the system tells."""
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") if pages.is_file() else float("inf")

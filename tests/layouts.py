@@ -1,5 +1,6 @@
 """Small models and ragged examples on which layouts are compared."""
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -48,16 +49,25 @@ def tiny_config(**changes) -> ModelConfig:
 
 def tiny_model(seed: int = 0, *, dtype: DType = "float32", spread: float = 10.0, **changes):
     """A model and variables with a logit spread of about 1 or more, norms and biases away from their defaults."""
-    model = build(tiny_config(**changes), param_dtype=dtype, compute_dtype=dtype)
-    variables = model.init(jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(variables)
-    noise = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    model, variables = _drawn(seed, dtype, spread, tuple(sorted(changes.items())))
+    return model, jax.tree.map(lambda leaf: leaf, variables)  # dicts of its own
 
-    def disturb(leaf, key):
-        wide = 0.2 * jax.random.normal(key, leaf.shape, leaf.dtype)
-        return leaf * spread if float(jnp.abs(leaf).max()) < 0.5 and leaf.std() > 0 else leaf + wide
 
-    return model, jax.tree.unflatten(tree, [disturb(leaf, key) for leaf, key in zip(leaves, noise, strict=True)])
+@cache
+def _drawn(seed: int, dtype: DType, spread: float, changes: tuple[tuple[str, Any], ...]):
+    """By numpy, and once for each set of changes: `Model.init` takes longer to compile than most tests."""
+    model = build(tiny_config(**dict(changes)), param_dtype=dtype, compute_dtype=dtype)
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        noise, name = rng.standard_normal(leaf.shape), path[-1].key
+        if name in ("kernel", "embedding"):
+            size = leaf.shape[0] ** -0.5 if path[-2].key == "score" else 0.02
+            return jnp.asarray(spread * size * noise, leaf.dtype)
+        mean = name == "scale" and not model.config.norm_plus_one
+        return jnp.asarray(mean + 0.2 * noise, leaf.dtype)
+
+    return model, jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
 
 
 def ragged_pairs(count: int, seed: int = 0, prompt: int = 40, completion: int = 30) -> list[dict[str, np.ndarray]]:

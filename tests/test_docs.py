@@ -246,7 +246,7 @@ def logged(method: Any, config: Any, examples: list) -> set[str]:
     heads: dict[str, Any] = {}
     if trains_scores(method):
         heads = {"lm_head": False, "score_head": True, "score_labels": score_labels(method)}
-    model, variables = tiny_model(**heads)
+    model, variables = tiny_model(num_layers=1, windows=(9,), **heads)
     optimizer, schedule = make_optimizer(Config(), 1)
 
     def step(variables):

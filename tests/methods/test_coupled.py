@@ -13,9 +13,11 @@ from jaxalign.models import build
 from jaxalign.models.config import DType
 from jaxalign.sharding import data_shards, make_mesh, param_shardings, place_batch
 from jaxalign.training.coupled import CoupledLoss
-from jaxalign.training.step import accumulate, evaluate
+from jaxalign.training.step import evaluate
 from tests.layouts import ragged_pairs, ragged_thumbs, relative, tiny_config
 from tests.methods.test_layouts import COUNT, LAYOUTS, MESHES, assert_same, gradient
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 KTO = unpaired_preference.Config(beta=0.3, desirable_weight=1.5, undesirable_weight=0.8, logits_chunk=17)
 
@@ -194,29 +196,6 @@ def test_a_borrowed_completion_is_the_predecessors_cut_to_fit():
     assert borrowed == [[20, 21, 22, 23], [0, 1, 2, 3, 4, 5], [10, 11, 12]]
     whole = unpaired_preference.borrow(KTO, examples)
     assert [len(each["mismatched_ids"]) for each in whole] == [4, 6, 6]
-
-
-def test_memory_does_not_grow_with_the_micro_batches():
-    """Temporaries of 8 micro-batches less those of 2: a few numbers per completion, no hidden states."""
-    model, variables = tiny_model()
-
-    def temporary(micro_batches):
-        examples = ragged_thumbs(4) * micro_batches
-        batch = unpaired_preference.make_batch(KTO, examples, micro_batch_size=4, length=256)
-        ref_logps = np.zeros(batch.predictions.sources.shape, np.float32)
-        batch = replace(batch, fields={**batch.fields, "ref_logps": ref_logps})
-
-        def compute(params, batch):
-            loss, totals = unpaired_preference.make_loss(KTO, model), unpaired_preference.totals(batch)
-            return accumulate(loss, totals, params, {}, batch, jax.random.key(0))
-
-        memory = jax.jit(compute).lower({"params": variables["params"]}, batch).compile().memory_analysis()
-        assert memory is not None
-        return memory.temp_size_in_bytes, batch
-
-    (few, _), (many, batch) = temporary(2), temporary(8)
-    hidden = batch.rows.tokens[0].size * 32 * 4  # one layer's input of one micro-batch
-    assert many - few < hidden
 
 
 def test_the_running_mean_is_that_of_all_rewards_so_far():

@@ -24,6 +24,8 @@ from jaxalign.training.step import accumulate
 from jaxalign.types import Experience
 from tests.layouts import VOCAB, relative, tiny_model
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 KEY = jax.random.key(0)
 SMALL: dict[str, Any] = {"num_layers": 2, "windows": (9, 9)}
 WIDTH, STEPS, PROMPTS, GENERATIONS = 40, 10, 7, 3

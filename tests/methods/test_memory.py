@@ -1,19 +1,23 @@
-"""The head's memory: no array of vocabulary × tokens, whatever the batch."""
+"""Memory: no array of vocabulary × tokens, whatever the batch, and no hidden states of all micro-batches."""
 
 from dataclasses import replace
+from functools import cache
 
 import jax
 import numpy as np
 import pytest
 
-from jaxalign.methods import preference
+from jaxalign.methods import preference, unpaired_preference
 from jaxalign.methods.common import start
 from jaxalign.models import ModelConfig, Rope, build
 from jaxalign.training.optimizer import Config, make_optimizer
+from jaxalign.training.step import accumulate
+from tests.layouts import ragged_thumbs, tiny_model
 
 VOCAB, LENGTH = 32_000, 512
 
 
+@cache
 def temporary_bytes(vocab: int, pairs: int) -> int:
     config = ModelConfig(
         "llama", vocab, 32, 2, 2, 2, 16, 64, 1024, rope=Rope(), windows=(None, None), tie_embeddings=True
@@ -51,3 +55,28 @@ def test_more_predictions_do_not_need_more_logits():
 
     per_row = 3 * 32 * VOCAB * 4  # three more rows, one chunk of logits each
     assert growth(VOCAB) - growth(320) < 5 * per_row
+
+
+@pytest.mark.slow
+def test_a_coupled_loss_does_not_hold_the_micro_batches():
+    """Temporaries of 8 micro-batches less those of 2: a few numbers per completion, no hidden states."""
+    model, variables = tiny_model(num_layers=1, windows=(9,))
+    kto = unpaired_preference.Config(logits_chunk=17)
+
+    def temporary(micro_batches):
+        examples = ragged_thumbs(4) * micro_batches
+        batch = unpaired_preference.make_batch(kto, examples, micro_batch_size=4, length=256)
+        ref_logps = np.zeros(batch.predictions.sources.shape, np.float32)
+        batch = replace(batch, fields={**batch.fields, "ref_logps": ref_logps})
+
+        def compute(params, batch):
+            loss, totals = unpaired_preference.make_loss(kto, model), unpaired_preference.totals(batch)
+            return accumulate(loss, totals, params, {}, batch, jax.random.key(0))
+
+        memory = jax.jit(compute).lower({"params": variables["params"]}, batch).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes, batch
+
+    (few, _), (many, batch) = temporary(2), temporary(8)
+    hidden = batch.rows.tokens[0].size * 32 * 4  # one layer's input of one micro-batch
+    assert many - few < hidden

@@ -10,6 +10,8 @@ from jaxalign.methods.common import make_eval_step
 from jaxalign.methods.noise import embedding_noise
 from tests.layouts import ragged_texts, relative, tiny_model
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 ALPHA, DIM = 5.0, 16
 
 

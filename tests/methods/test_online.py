@@ -23,6 +23,8 @@ from jaxalign.training.loop import TIMINGS
 from jaxalign.types import Experience, Samples
 from tests.layouts import VOCAB, tiny_model
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 KEY = jax.random.key(5)
 SMALL: dict[str, Any] = {"num_layers": 2, "windows": (9, 9)}
 WIDTH, STEPS, GENERATIONS, TEMPERATURE = 16, 10, 3, 0.7

@@ -1,7 +1,7 @@
 """PPO: rewards to returns by hand, what the critic sees, and that no layout, split or resume changes an update."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -18,6 +18,8 @@ from jaxalign.sharding import MeshConfig, data_shards, make_mesh, param_sharding
 from jaxalign.training.step import accumulate
 from jaxalign.types import Experience, Mean, Samples
 from tests.layouts import VOCAB, ragged_pairs, ragged_texts, relative, tiny_model
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 KEY = jax.random.key(0)
 SMALL: dict[str, Any] = {"num_layers": 2, "windows": (9, 9)}
@@ -222,6 +224,7 @@ def test_settings_without_meaning(settings, named):
         ppo.Config(**settings)
 
 
+@cache
 def make_models(critic: Any = "separate", dtype: Any = "float32"):
     """A policy and a critic whose head is not 0: of its own blocks (a reward model), or on the policy's."""
     config, policy = ppo.Config(critic=critic), tiny_model(dtype=dtype, **SMALL)
@@ -262,13 +265,20 @@ def one_device():
 
 def make_passes(config, models, frozen):
     """All passes there are; the reference is the policy with other numbers."""
-    logps = ppo.make_logps(config, models.policy)
+    logps, values = compiled_passes(config.temperature, config.logits_chunk, models)
     away = partial(jax.tree.map, lambda x: x * 0.98)
     return {
-        "values": jax.jit(lambda p, b: ppo.make_values(config, models.value)(ppo.value_of(p, frozen), b)),
-        "old_logps": jax.jit(lambda p, b: logps(ppo.policy_of(p, frozen), b)),
-        "ref_logps": jax.jit(lambda p, b: logps(away(ppo.policy_of(p, frozen)), b)),
+        "values": lambda p, b: values(ppo.value_of(p, frozen), b),
+        "old_logps": lambda p, b: logps(ppo.policy_of(p, frozen), b),
+        "ref_logps": lambda p, b: logps(away(ppo.policy_of(p, frozen)), b),
     }
+
+
+@cache
+def compiled_passes(temperature, logits_chunk, models):
+    """They depend on no other setting."""
+    config = ppo.Config(temperature=temperature, logits_chunk=logits_chunk)
+    return jax.jit(ppo.make_logps(config, models.policy)), jax.jit(ppo.make_values(config, models.value))
 
 
 def scored_rollout(config, models, state, frozen, seed=0) -> Experience:
@@ -333,12 +343,16 @@ def gradient(config, models, state, frozen, experience, layout=WHOLE, share_prom
     batch = replace(batch, fields={name: np.asarray(values, wide) for name, values in batch.fields.items()})
     if mesh is not None:
         batch, params = place_batch(mesh, batch), jax.device_put(params, param_shardings(mesh, params))
+    return compiled_gradient(config, models)(params, frozen, batch)
 
+
+@cache
+def compiled_gradient(config, models):
     def compute(params, frozen, batch):
         batch = ppo.whiten_batch(config, batch)
         return accumulate(ppo.make_loss(config, models), ppo.totals(batch), params, frozen, batch, KEY)
 
-    return jax.jit(compute)(params, frozen, batch)
+    return jax.jit(compute)
 
 
 def moved(experience, seed=1) -> Experience:

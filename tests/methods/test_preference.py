@@ -14,6 +14,8 @@ from jaxalign.training.step import accumulate, evaluate
 from jaxalign.types import TokenRows
 from tests.layouts import ragged_pairs, tiny_model
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 PAIRS = ragged_pairs(5, seed=3)
 ONE_LAYER: dict[str, Any] = {"num_layers": 1, "windows": (None,)}
 

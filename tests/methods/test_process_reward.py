@@ -16,13 +16,15 @@ from jaxalign.rewards.model import make_scorer
 from jaxalign.types import TokenRows
 from tests.layouts import ragged_steps, relative, tiny_model
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 CONFIG = process_reward.Config()
 
 
 @pytest.fixture(scope="module")
 def scorer():
     model, variables = tiny_model(
-        lm_head=False, score_head=True, score_labels=2, num_layers=2, windows=(None, 9), output_bias=True
+        lm_head=False, score_head=True, score_labels=2, num_layers=2, windows=(9, 9), output_bias=True
     )
     assert variables["params"]["score"]["kernel"].shape == (32, 2)
     assert float(jnp.abs(variables["params"]["score"]["bias"]).min()) > 0
@@ -32,9 +34,11 @@ def scorer():
 def by_hand(model, variables, examples):
     """Mean cross-entropy and accuracy over all steps, each example alone: the two logits written out."""
     head, losses, hits = variables["params"]["score"], [], []
+    apply = jax.jit(lambda variables, rows: model.apply(variables, rows)[0])
     for example in examples:
-        ids = np.concatenate([example["prompt_ids"], example["completion_ids"]])[None]
-        hidden, _, _ = model.apply(variables, TokenRows.from_padded(ids, np.ones_like(ids)))
+        ids = np.concatenate([example["prompt_ids"], example["completion_ids"]])
+        padded, mask = (np.pad(x, (0, 128 - len(ids)))[None] for x in (ids, np.ones_like(ids)))
+        hidden = apply(variables, TokenRows.from_padded(padded, mask))
         logits = np.asarray(hidden[0], np.float64) @ np.asarray(head["kernel"], np.float64) + np.asarray(head["bias"])
         at = len(example["prompt_ids"]) + example["ends"]
         log_probs = logits[at] - np.log(np.exp(logits[at]).sum(-1, keepdims=True))

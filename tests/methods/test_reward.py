@@ -16,7 +16,9 @@ from jaxalign.training.step import accumulate, evaluate
 from jaxalign.types import TokenRows
 from tests.layouts import ragged_pairs, ragged_rankings, relative, tiny_config, tiny_model
 
-MODEL: dict[str, Any] = {"lm_head": False, "score_head": True, "num_layers": 2, "windows": (None, 9)}
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
+MODEL: dict[str, Any] = {"lm_head": False, "score_head": True, "num_layers": 2, "windows": (9, 9)}
 COUNT = 7
 LAYOUTS: dict[str, dict[str, Any]] = {
     "2x4": {"micro_batch_size": 4},
@@ -42,7 +44,12 @@ def value(examples, w=0.5, **settings):
     config = reward.Config(**settings)
     batch, model = reward.make_batch(config, examples), last_token_scorer()
     params = {"params": {"w": jnp.float32(w)}}
-    grads, metrics = accumulate(reward.make_loss(config, model), reward.totals(batch), params, {}, batch, KEY)
+
+    @jax.jit
+    def run(params, batch):
+        return accumulate(reward.make_loss(config, model), reward.totals(batch), params, {}, batch, KEY)
+
+    grads, metrics = run(params, batch)
     return float(grads["params"]["w"]), {name: metric.value() for name, metric in metrics.items()}
 
 

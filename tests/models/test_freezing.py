@@ -15,6 +15,8 @@ from jaxalign.models.freezing import whole
 from jaxalign.training.step import accumulate
 from tests.layouts import ragged_texts, relative, tiny_model
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 KEY = jax.random.key(0)
 
 
@@ -29,6 +31,12 @@ def gradient(model, variables, config):
     return run(params)
 
 
+@pytest.fixture(scope="module")
+def everything():
+    """The gradients of all parameters."""
+    return gradient(*tiny_model(), sft.Config())["params"]
+
+
 @pytest.mark.parametrize(
     "patterns",
     [
@@ -37,13 +45,12 @@ def gradient(model, variables, config):
     ],
     ids=["last layers", "every other mlp"],
 )
-def test_gradients_are_those_of_full_training(patterns):
+def test_gradients_are_those_of_full_training(patterns, everything):
     """Each trained row has the gradient that it has when everything trains; nothing else has any."""
     model, variables = tiny_model()
-    config = sft.Config()
-    full = models.freeze(model.config, {"params": gradient(model, variables, config)["params"]}, patterns)
+    full = models.freeze(model.config, {"params": everything}, patterns)
     part = models.freeze(model.config, variables, patterns)
-    got = gradient(model, part, config)["params"]
+    got = gradient(model, part, sft.Config())["params"]
     assert relative(got, full["params"]) <= 1e-6
     jax.tree.map(np.testing.assert_array_equal, whole(part)["params"], variables["params"])
 

@@ -21,6 +21,8 @@ from jaxalign.types import TokenRows, Variables
 from tests.layouts import ragged_pairs, ragged_texts, relative, tiny_model
 from tests.models.tiny import CONFIGS
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 KEY = jax.random.key(7)
 CONFIG = LoraConfig(r=4, alpha=6, dropout=0.0)
 

@@ -23,6 +23,8 @@ from jaxalign.types import TokenRows
 from tests.layouts import tiny_config, tiny_model
 from tests.models import tiny
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 FAMILIES = {
     "llama3": "LlamaForSequenceClassification",
     "mistral": "MistralForSequenceClassification",

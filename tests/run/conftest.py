@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import jax
@@ -15,6 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from jaxalign.models import ModelConfig, Rope, build, save
+from jaxalign.sharding import MeshConfig, make_mesh
+from tests.compiling import QUICKLY
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "the cat sat on a mat and looked at seven small birds that flew over an old house near the river"
@@ -67,8 +70,23 @@ def pairs(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def every_run(compiled_quickly):
+    """What is compared are runs with each other; numbers are compared in the other folders."""
+
+
 @pytest.fixture
-def settings(tiny, pairs, tmp_path) -> dict:
+def one_device(monkeypatch):
+    """A run whose `mesh` says nothing has one device, for which programs compile faster than for eight."""
+
+    def make(config: MeshConfig):
+        return make_mesh(config, jax.devices()[:1] if config == MeshConfig() else None)
+
+    monkeypatch.setattr(import_module("jaxalign.run.prepare"), "make_mesh", make)
+
+
+@pytest.fixture
+def settings(tiny, pairs, tmp_path, one_device) -> dict:
     """A run of one DPO stage: 3 steps per epoch, dropout-free, with evaluation and checkpoints at odd steps."""
     return {
         "name": "run",
@@ -77,7 +95,6 @@ def settings(tiny, pairs, tmp_path) -> dict:
         "data": {"path": str(pairs), "eval_ratio": 0.2, "max_length": 128},
         "method": {"name": "preference"},
         "optimizer": {"learning_rate": 1e-3},
-        "mesh": {"data": -1},
         "train": {"batch_size": 12, "micro_batch_size": 6, "max_steps": 8, "save_steps": 3, "eval_steps": 4},
         "log": {"logging_steps": 2},
     }
@@ -101,7 +118,9 @@ def cli(tmp_path_factory) -> Callable[..., subprocess.Popen]:
     cache = tmp_path_factory.mktemp("cache")
     environment = {
         **os.environ,
-        "XLA_FLAGS": "",
+        # A tenth of the time to compile, and one process in a test compiles for the others.
+        "XLA_FLAGS": " ".join(f"--{name}={str(value).lower()}" for name, value in QUICKLY.items()),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XDG_CACHE_HOME": str(cache),
         "PYTHONPATH": str(ROOT),
         "COLUMNS": "200",

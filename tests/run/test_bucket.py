@@ -31,6 +31,7 @@ def staged(settings, pairs, memory):
     data = {"path": "memory://b/data/*.jsonl", "columns": {"completion": "chosen"}, "max_length": 128}
     train = {"batch_size": 12, "micro_batch_size": 6, "max_steps": 5, "save_steps": 2, "save_total_limit": 1}
     both = {"method": {"name": "sft"}, "data": data, "train": train, "log": {"logging_steps": 1}}
+    both["mesh"] = {"data": 2, "fsdp": 2, "tensor": 2}
     stages = [{"name": "one", **both}, {"name": "two", **both, "model": {"path": "one.policy"}}]
     return {"name": "run", "runs_dir": "memory://b/runs", "model": settings["model"], "stages": stages}
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from jaxalign.config import load_config, shipped_configs
 from jaxalign.methods.common import is_online, needs_reference
 from jaxalign.methods.offline import pack_global
 from jaxalign.methods.rollout import pack_prompts, to_experience
+from jaxalign.models.gguf import open_gguf
 from jaxalign.run import pick_stage, prepare
 from jaxalign.run.online import online_models, prompt_width
 from jaxalign.training.optimizer import make_optimizer
@@ -20,6 +22,14 @@ from jaxalign.types import Samples
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = [(name, stage.name) for name, path in shipped_configs().items() for stage in load_config(path).stages]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    """SmolLM2's file, which takes two seconds to read, is read once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxalign.models.pretrained.open_gguf", cache(open_gguf))
+        yield
 
 
 def test_all_yaml_files_are_covered():

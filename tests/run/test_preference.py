@@ -1,7 +1,6 @@
 """Every preference loss and preset takes a step from a config, the policy loaded once; TR-DPO resumes exactly."""
 
 import json
-from importlib import import_module
 from pathlib import Path
 
 import jax
@@ -14,7 +13,6 @@ from jaxalign.losses import PREFERENCE_LOSSES, REFERENCE_FREE_LOSSES
 from jaxalign.methods import METHODS, PRESETS
 from jaxalign.methods.moving_reference import FollowingSource
 from jaxalign.run import RunResult, run
-from jaxalign.sharding import make_mesh
 from jaxalign.training.loop import TIMINGS
 
 NAMES = {name: {"name": name} for name, (method, _) in PRESETS.items() if METHODS[method].KIND == "preference"}
@@ -29,14 +27,7 @@ OTHERS = {
 
 
 @pytest.fixture
-def alone(monkeypatch):
-    """One device, for which programs compile faster than for a mesh."""
-    one = jax.devices()[:1]
-    monkeypatch.setattr(import_module("jaxalign.run.prepare"), "make_mesh", lambda config: make_mesh(config, one))
-
-
-@pytest.fixture
-def quick(settings, alone):
+def quick(settings):
     """One step."""
     settings["model"] |= {"remat": "none"}
     settings["data"] |= {"split": "train[:4]", "eval_ratio": None}
@@ -58,6 +49,7 @@ def lines(folder: Path) -> list[dict]:
 
 
 def test_every_loss_is_among_them():
+    assert CASES.keys() >= KINDS
     configs = [parse_config({"model": {"path": "m"}, "data": {"path": "d"}, "method": each}) for each in CASES.values()]
     used = {"preference": set(), "reference_free": set()}
     for config in configs:
@@ -67,9 +59,12 @@ def test_every_loss_is_among_them():
 
 
 CASES = NAMES | OTHERS
+# With a reference and without, coupled over the batch, two losses summed, another divergence. The others differ from
+# these in one function of tests/losses, and each preset's step is traced in tests/test_docs.py.
+KINDS = {"dpo", "orpo", "aot", "mpo", "f-DPO"}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in KINDS else pytest.mark.slow) for n in CASES])
 def test_it_takes_a_step(name, quick, tiny, monkeypatch):
     loaded = []
     load = models.load
@@ -105,7 +100,7 @@ class Killed(Exception):
     """In place of a signal."""
 
 
-def test_tr_dpo_resumes_exactly(settings, alone, monkeypatch):
+def test_tr_dpo_resumes_exactly(settings, monkeypatch):
     """The reference moves after steps 2, 4 and 6; the run is killed before its sixth batch, checkpointed at 3."""
     settings["method"] = {"name": "tr_dpo", "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.7}
     settings["log"]["logging_steps"] = 1

@@ -46,9 +46,15 @@ def saving(folder: Path) -> bool:
     return found.is_dir() and any(each.is_dir() and not (each / "SHA256SUMS").exists() for each in found.iterdir())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["sft", "preference"])
-def test_killed_five_times(method, settings, write_config, cli):
+@pytest.mark.parametrize(
+    ("method", "times"),
+    [
+        ("sft", 1),
+        pytest.param("sft", 5, marks=pytest.mark.slow),
+        pytest.param("preference", 5, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_any_moment(method, times, settings, write_config, cli):
     settings["train"] |= {"max_steps": 40, "eval_steps": 10}
     if method == "sft":
         settings["method"] = {"name": "sft"}
@@ -58,7 +64,7 @@ def test_killed_five_times(method, settings, write_config, cli):
     finish(cli("run", config, "name=whole"))
     folder, chance = runs / "killed", random.Random(method)
     kills = 0
-    for attempt in range(5):
+    for attempt in range(times):
         process = cli("run", config, "name=killed")
         if attempt == 2:
             got_there = wait_until(lambda: saving(folder), process)
@@ -69,7 +75,7 @@ def test_killed_five_times(method, settings, write_config, cli):
         process.send_signal(signal.SIGKILL)
         process.communicate()
         kills += got_there and process.returncode == -signal.SIGKILL
-    assert kills >= 4, "the run ended before it could be killed"
+    assert kills >= min(times, 4), "the run ended before it could be killed"
     finish(cli("run", config, "name=killed"))
     assert lines(folder) == lines(runs / "whole")
     assert weights(folder) == weights(runs / "whole")

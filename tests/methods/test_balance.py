@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxalign.losses import balance_loss
-from jaxalign.methods import balance, preference, sft
-from jaxalign.methods.common import make_eval_step
+from jaxalign.methods import (
+    balance,
+    ppo,
+    preference,
+    process_reward,
+    reference_free,
+    reward,
+    sft,
+    unpaired_preference,
+)
+from jaxalign.methods.common import make_eval_step, needs_reference
+from jaxalign.methods.ppo_models import routers_of
 from jaxalign.models import build
 from jaxalign.packing import Document, pack
 from jaxalign.sharding import MeshConfig, make_mesh
-from jaxalign.training.step import PreparedLoss
-from tests.layouts import SPARSE, ragged_texts, relative, tiny_model
+from jaxalign.training.step import PreparedLoss, accumulate
+from jaxalign.types import TokenRows
+from tests.layouts import (
+    SPARSE,
+    ragged_pairs,
+    ragged_rankings,
+    ragged_steps,
+    ragged_texts,
+    ragged_thumbs,
+    relative,
+    tiny_model,
+)
 from tests.methods.test_layouts import assert_same, gradient, run_preference, run_sft
 
 COUNT = 7
@@ -128,3 +150,140 @@ def test_evaluation_takes_the_whole_batch(sparse, wanted):
     metrics = jax.jit(make_eval_step(sft, config, sparse[0]))({"params": sparse[1]["params"]}, {}, batch)
     assert metrics["aux_loss"].value() == pytest.approx(float(wanted[1]["aux_loss"][0]), rel=1e-5)
     assert metrics["loss"].value() == pytest.approx(float(wanted[1]["loss"][0]), rel=1e-5)
+
+
+def by_hand(model, variables, sequences) -> float:
+    """The load-balancing loss of sequences that are read one by one, each in a padded row of its own."""
+    width = max(map(len, sequences))
+    ids, mask = (np.zeros((len(sequences), width), np.int32) for _ in range(2))
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)], mask[row, : len(sequence)] = sequence, 1
+    aux = jax.jit(model.apply)(variables, TokenRows.from_padded(ids, mask))[2]
+    per_token = model.config.experts_per_token
+    return float(balance_loss(aux["router_probs"], aux["expert_loads"], experts_per_token=per_token))
+
+
+def read_completions(examples, *names):
+    """Prompt and completion of each; a completion's last token is predicted and not read."""
+    return [np.concatenate([each["prompt_ids"], each[name][:-1]]) for each in examples for name in names]
+
+
+def read_rankings(examples):
+    parts = [np.split(each["completion_ids"], np.cumsum(each["sizes"])[:-1]) for each in examples]
+    return [
+        np.concatenate([each["prompt_ids"], ids])
+        for each, ids_of in zip(examples, parts, strict=True)
+        for ids in ids_of
+    ]
+
+
+def read_steps(examples):
+    """As far as the last step's end."""
+    return [np.concatenate([each["prompt_ids"], each["completion_ids"][: each["ends"][-1] + 1]]) for each in examples]
+
+
+def read_pairs(examples):
+    return read_completions(examples, "chosen_ids", "rejected_ids")
+
+
+SCORER = {"lm_head": False, "score_head": True}
+# Method, settings, heads, examples, and what of them is read: of KTO not the completions of others.
+METHODS = {
+    "kto": (unpaired_preference, {"beta": 0.3}, {}, ragged_thumbs, lambda x: read_completions(x, "completion_ids")),
+    "apo_zero": (
+        unpaired_preference,
+        {"loss_type": "apo_zero_unpaired"},
+        {},
+        ragged_thumbs,
+        lambda x: read_completions(x, "completion_ids"),
+    ),
+    "aot": (preference, {"loss_type": "aot"}, {}, ragged_pairs, read_pairs),
+    "orpo": (reference_free, {"loss_type": "orpo"}, {}, ragged_pairs, read_pairs),
+    "reward": (reward, {}, SCORER, ragged_rankings, read_rankings),
+    "process_reward": (process_reward, {}, SCORER | {"score_labels": 2}, ragged_steps, read_steps),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_it(name):
+    """By hand over sequences read one by one; the loss is its share more; and no split changes that."""
+    method, settings, heads, make, read = METHODS[name]
+    model, variables = tiny_model(**SPARSE, **heads)
+    examples = make(COUNT)
+
+    def run(coefficient=None, share=True, **layout):
+        shared = {} if method is process_reward else {"share_prompt": share}
+        config = method.Config(**settings, **shared, router_aux_loss_coef=coefficient)
+        batch = method.make_batch(config, examples, **layout)
+        if needs_reference(method, config):
+            batch = jax.jit(method.make_reference(config, model))(jax.tree.map(lambda x: x * 0.97, variables), batch)
+        return gradient(method, config, model, variables, batch)
+
+    whole, off = run(micro_batch_size=8), run(0.0, micro_batch_size=8)
+    aux = float(whole[1]["aux_loss"][0] / whole[1]["aux_loss"][1])
+    assert aux == pytest.approx(by_hand(model, variables, read(examples)), rel=1e-5)
+    assert float(whole[1]["loss"][0]) == pytest.approx(float(off[1]["loss"][0]) + 0.1 * aux, rel=1e-5)
+    assert "aux_loss" not in off[1] and relative(off[0], whole[0]) > 1e-3
+    split = run(share=False, **UNEVEN)
+    assert relative(split[0], whole[0]) <= 1e-5
+    assert float(split[1]["loss"][0]) == pytest.approx(float(whole[1]["loss"][0]), rel=1e-5)
+    assert float(split[1]["aux_loss"][0]) == pytest.approx(aux, rel=1e-5)
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef=0\.1, but the model has no experts"):
+        method.make_loss(method.Config(**settings, router_aux_loss_coef=0.1), tiny_model(**heads)[0])
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_policy_and_critic_of_ppo(critic):
+    """Each has its own; a shared one is the policy's. A dense critic beside a sparse policy has none."""
+    config = ppo.Config(critic=critic, num_ppo_epochs=1)
+    model, variables = tiny_model(**SPARSE)
+    other = tiny_model(5, **SPARSE | {"router_aux_loss_coef": 0.3}, **SCORER) if critic == "separate" else None
+    models, by_role = ppo.add_critic(config, model, variables, jax.random.key(1), start=other)
+    state, frozen = ppo.init(config, models, by_role, optax.sgd(0.1), jax.random.key(2))
+    rng, pairs = np.random.default_rng(0), ragged_pairs(COUNT)
+    groups = [
+        {
+            "prompt_ids": pair["prompt_ids"],
+            "completion_ids": (ids := [pair["chosen_ids"], pair["rejected_ids"]]),
+            **{name: [rng.normal(size=len(each)) for each in ids] for name in ("advantages", "returns", "values")},
+        }
+        for pair in pairs
+    ]
+
+    def run(coefficient=None, share=True, **layout):
+        known = replace(config, router_aux_loss_coef=coefficient, share_prompt=share)
+        batch = ppo.make_batch(known, groups, **layout)
+        loss = ppo.make_loss(known, models)
+        compute = lambda params: accumulate(loss, ppo.totals(batch), params, frozen, batch, jax.random.key(0))  # noqa: E731
+        return jax.jit(compute)(state.params)
+
+    (grads, metrics), (_, off) = run(), run(0.0)
+    terms = {"aux_loss": (0.1, by_hand(model, variables, read_pairs(pairs)))}
+    if other is not None:
+        terms["critic/aux_loss"] = (0.3, by_hand(*other, read_pairs(pairs)))
+    assert {name for name in metrics if "aux_loss" in name} == terms.keys()
+    for name, (_, value) in terms.items():
+        assert metrics[name].value() == pytest.approx(value, rel=1e-5)
+    added = sum(weight * value for weight, value in terms.values())
+    assert metrics["loss"].value() == pytest.approx(off["loss"].value() + added, rel=1e-5)
+    split, parts = run(share=False, **UNEVEN)
+    assert relative(split, grads) <= 1e-5
+    assert parts["loss"].value() == pytest.approx(metrics["loss"].value(), rel=1e-5)
+    dense = ppo.Models(model, tiny_model(**SCORER)[0])
+    assert [each.name for each in routers_of(replace(config, critic="separate"), dense)] == ["aux_loss"]
+
+
+def test_noise_on_the_embeddings_changes_the_loads_of_all_micro_batches():
+    """They are counted with NEFTune's noise too, so that a split changes nothing under it either."""
+    model, variables = tiny_model(**SPARSE)
+    config = sft.Config(neftune_noise_alpha=20.0)
+    optimizer = optax.sgd(1.0)
+
+    def step(**layout):
+        batch = sft.make_batch(config, ragged_texts(COUNT), **layout)
+        state, frozen = sft.init(config, model, variables, optimizer, jax.random.key(0))
+        return jax.jit(sft.make_step(config, model, optimizer))(state, frozen, batch)[1]
+
+    whole, split = step(micro_batch_size=8), step(**UNEVEN)
+    assert split["aux_loss"].value() == pytest.approx(whole["aux_loss"].value(), rel=1e-5)
+    assert split["loss"].value() == pytest.approx(whole["loss"].value(), rel=1e-5)

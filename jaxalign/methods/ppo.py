@@ -255,7 +255,7 @@ def _read(
     policy, value = policy_of(params, frozen), value_of(params, frozen)
     weights = balance.token_weights(batch)
     hidden, _, aux = models.policy.apply(policy, batch.rows, key=key, weights=weights)
-    read = {balance.LOADS: aux}
+    read: dict[str, Mapping[str, Array]] = {balance.LOADS: aux}
     if config.critic == "separate":
         values, read[CRITIC_LOADS] = common.read_scores(models.value, value, batch, critic_key(key))
     else:

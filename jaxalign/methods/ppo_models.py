@@ -83,12 +83,12 @@ class Router(NamedTuple):
 
 def routers_of(config: Config, models: Models) -> list[Router]:
     """Those of the policy and of a critic of its own, as far as they have experts."""
-    given = config.router_aux_loss_coef
-    known = [(models.policy, policy_of, balance.LOADS, "aux_loss")]
+    known = [Router(0.0, models.policy, policy_of, balance.LOADS, "aux_loss")]
     if config.critic == "separate":
-        known.append((models.value, value_of, CRITIC_LOADS, "critic/aux_loss"))
-    sparse = [each for each in known if any(each[0].config.sparse_layers)] or known[:1]
-    found = [Router(balance.coefficient(given, model), model, *rest) for model, *rest in sparse]
+        known.append(Router(0.0, models.value, value_of, CRITIC_LOADS, "critic/aux_loss"))
+    sparse = [each for each in known if any(each.model.config.sparse_layers)] or known[:1]
+    given = config.router_aux_loss_coef
+    found = [each._replace(weight=balance.coefficient(given, each.model)) for each in sparse]
     return [each for each in found if each.weight]
 
 

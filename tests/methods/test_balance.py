@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from jaxalign.methods.ppo_models import routers_of
 from jaxalign.models import build
 from jaxalign.packing import Document, pack
 from jaxalign.sharding import MeshConfig, make_mesh
-from jaxalign.training.step import PreparedLoss, accumulate
+from jaxalign.training.step import PreparedLoss, accumulate, evaluate
 from jaxalign.types import TokenRows
 from tests.layouts import (
     SPARSE,
@@ -186,7 +187,8 @@ def read_pairs(examples):
     return read_completions(examples, "chosen_ids", "rejected_ids")
 
 
-SCORER = {"lm_head": False, "score_head": True}
+ONE_LAYER: dict[str, Any] = SPARSE | {"num_layers": 1, "windows": (9,), "sparse_layers": (True,)}
+SCORER: dict[str, Any] = {"lm_head": False, "score_head": True}
 # Method, settings, heads, examples, and what of them is read: of KTO not the completions of others.
 METHODS = {
     "kto": (unpaired_preference, {"beta": 0.3}, {}, ragged_thumbs, lambda x: read_completions(x, "completion_ids")),
@@ -204,40 +206,54 @@ METHODS = {
 }
 
 
+def settle(method, settings, model, variables, examples, **layout):
+    """A config, and its batch with what the reference says."""
+    config = method.Config(**settings)
+    batch = method.make_batch(config, examples, **layout)
+    if needs_reference(method, config):
+        batch = jax.jit(method.make_reference(config, model))(jax.tree.map(lambda x: x * 0.97, variables), batch)
+    return config, batch
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_it(name):
-    """By hand over sequences read one by one; the loss is its share more; and no split changes that."""
+    """In an uneven split, as of sequences that are read one by one; the loss is its share more."""
     method, settings, heads, make, read = METHODS[name]
-    model, variables = tiny_model(**SPARSE, **heads)
-    examples = make(COUNT)
-
-    def run(coefficient=None, share=True, **layout):
-        shared = {} if method is process_reward else {"share_prompt": share}
-        config = method.Config(**settings, **shared, router_aux_loss_coef=coefficient)
-        batch = method.make_batch(config, examples, **layout)
-        if needs_reference(method, config):
-            batch = jax.jit(method.make_reference(config, model))(jax.tree.map(lambda x: x * 0.97, variables), batch)
-        return gradient(method, config, model, variables, batch)
-
-    whole, off = run(micro_batch_size=8), run(0.0, micro_batch_size=8)
-    aux = float(whole[1]["aux_loss"][0] / whole[1]["aux_loss"][1])
+    model, variables = tiny_model(**ONE_LAYER, **heads)
+    examples, found = make(COUNT), {}
+    for given in (None, 0.0):
+        known = {**settings, "router_aux_loss_coef": given}
+        config, batch = settle(method, known, model, variables, examples, **UNEVEN)
+        found[given] = jax.jit(make_eval_step(method, config, model))(variables, {}, batch)
+    aux = found[None]["aux_loss"].value()
     assert aux == pytest.approx(by_hand(model, variables, read(examples)), rel=1e-5)
-    assert float(whole[1]["loss"][0]) == pytest.approx(float(off[1]["loss"][0]) + 0.1 * aux, rel=1e-5)
-    assert "aux_loss" not in off[1] and relative(off[0], whole[0]) > 1e-3
-    split = run(share=False, **UNEVEN)
-    assert relative(split[0], whole[0]) <= 1e-5
-    assert float(split[1]["loss"][0]) == pytest.approx(float(whole[1]["loss"][0]), rel=1e-5)
-    assert float(split[1]["aux_loss"][0]) == pytest.approx(aux, rel=1e-5)
+    assert found[None]["loss"].value() == pytest.approx(found[0.0]["loss"].value() + 0.1 * aux, rel=1e-5)
+    assert "aux_loss" not in found[0.0]
     with pytest.raises(ValueError, match=r"router_aux_loss_coef=0\.1, but the model has no experts"):
-        method.make_loss(method.Config(**settings, router_aux_loss_coef=0.1), tiny_model(**heads)[0])
+        method.make_loss(method.Config(**settings, router_aux_loss_coef=0.1), tiny_model(num_layers=1, windows=(9,))[0])
+
+
+@pytest.mark.parametrize("name", ["kto", "aot"])
+def test_losses_that_couple_the_batch_have_its_gradient(name):
+    """It goes through both passes: the same in any split, and linear in the coefficient."""
+    method, settings, _, make, _ = METHODS[name]
+    model, variables = tiny_model(**ONE_LAYER)
+
+    def run(coefficient, share, **layout):
+        known = {**settings, "router_aux_loss_coef": coefficient, "share_prompt": share}
+        config, batch = settle(method, known, model, variables, make(COUNT), **layout)
+        return gradient(method, config, model, variables, batch)[0]
+
+    whole = run(0.3, True, micro_batch_size=8)
+    assert relative(run(0.3, False, **UNEVEN), whole) <= 1e-5 < 1e-3 < relative(run(0.0, True, **UNEVEN), whole)
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 def test_policy_and_critic_of_ppo(critic):
     """Each has its own; a shared one is the policy's. A dense critic beside a sparse policy has none."""
     config = ppo.Config(critic=critic, num_ppo_epochs=1)
-    model, variables = tiny_model(**SPARSE)
-    other = tiny_model(5, **SPARSE | {"router_aux_loss_coef": 0.3}, **SCORER) if critic == "separate" else None
+    model, variables = tiny_model(**ONE_LAYER)
+    other = tiny_model(5, **ONE_LAYER | {"router_aux_loss_coef": 0.3}, **SCORER) if critic == "separate" else None
     models, by_role = ppo.add_critic(config, model, variables, jax.random.key(1), start=other)
     state, frozen = ppo.init(config, models, by_role, optax.sgd(0.1), jax.random.key(2))
     rng, pairs = np.random.default_rng(0), ragged_pairs(COUNT)
@@ -250,32 +266,36 @@ def test_policy_and_critic_of_ppo(critic):
         for pair in pairs
     ]
 
-    def run(coefficient=None, share=True, **layout):
-        known = replace(config, router_aux_loss_coef=coefficient, share_prompt=share)
+    def run(coefficient, compute, **layout):
+        known = replace(config, router_aux_loss_coef=coefficient)
         batch = ppo.make_batch(known, groups, **layout)
-        loss = ppo.make_loss(known, models)
-        compute = lambda params: accumulate(loss, ppo.totals(batch), params, frozen, batch, jax.random.key(0))  # noqa: E731
-        return jax.jit(compute)(state.params)
+        return jax.jit(lambda params: compute(ppo.make_loss(known, models), params, batch))(state.params)
 
-    (grads, metrics), (_, off) = run(), run(0.0)
+    def judge(loss, params, batch):
+        return evaluate(loss, ppo.totals, params, frozen, batch)
+
+    found, off = run(None, judge, **UNEVEN), run(0.0, judge)
     terms = {"aux_loss": (0.1, by_hand(model, variables, read_pairs(pairs)))}
     if other is not None:
         terms["critic/aux_loss"] = (0.3, by_hand(*other, read_pairs(pairs)))
-    assert {name for name in metrics if "aux_loss" in name} == terms.keys()
+    assert {name for name in found if "aux_loss" in name} == terms.keys()
     for name, (_, value) in terms.items():
-        assert metrics[name].value() == pytest.approx(value, rel=1e-5)
+        assert found[name].value() == pytest.approx(value, rel=1e-5)
     added = sum(weight * value for weight, value in terms.values())
-    assert metrics["loss"].value() == pytest.approx(off["loss"].value() + added, rel=1e-5)
-    split, parts = run(share=False, **UNEVEN)
-    assert relative(split, grads) <= 1e-5
-    assert parts["loss"].value() == pytest.approx(metrics["loss"].value(), rel=1e-5)
-    dense = ppo.Models(model, tiny_model(**SCORER)[0])
+    assert found["loss"].value() == pytest.approx(off["loss"].value() + added, rel=1e-5)
+    dense = ppo.Models(model, tiny_model(num_layers=1, windows=(9,), **SCORER)[0])
     assert [each.name for each in routers_of(replace(config, critic="separate"), dense)] == ["aux_loss"]
+    if other is not None:
+
+        def grads(loss, params, batch):
+            return accumulate(loss, ppo.totals(batch), params, frozen, batch, jax.random.key(0))[0]
+
+        assert relative(run(None, grads, **UNEVEN), run(None, grads)) <= 1e-5
 
 
 def test_noise_on_the_embeddings_changes_the_loads_of_all_micro_batches():
     """They are counted with NEFTune's noise too, so that a split changes nothing under it either."""
-    model, variables = tiny_model(**SPARSE)
+    model, variables = tiny_model(**ONE_LAYER)
     config = sft.Config(neftune_noise_alpha=20.0)
     optimizer = optax.sgd(1.0)
 

@@ -561,7 +561,9 @@ def test_a_source_mixes_texts_into_its_batches():
         (mixed, metrics), (alone, others) = source.next(state), plain.next(state)
         own = [texts[i] for i in numbers]
         tokens += sum(len(text["input_ids"]) for text in own)
-        assert metrics["num_tokens"] == others["num_tokens"] + tokens and metrics["epoch"] == others["epoch"]
+        before = others["num_tokens"]
+        assert isinstance(before, int)
+        assert metrics["num_tokens"] == before + tokens and metrics["epoch"] == others["epoch"]
         grads, found = compute(ppo.make_loss(config, models), ppo.totals, state.params, frozen, mixed)
         without = ppo.make_loss(replace(config, ptx_coef=0.0), models)
         wanted, base = compute(without, ppo.totals, state.params, frozen, alone)

@@ -77,8 +77,9 @@ def test_from_thumbs_to_a_policy_and_on_from_a_checkpoint(unpaired, method):
     last = [line for line in found if "eval_loss" in line][-1]
     assert judged["rewards/margins"] == pytest.approx(last["eval_rewards/margins"], rel=1e-3)
     if method == "bco":  # the mean reward over what is judged, not the running one of the training
-        labels = prepare(stage).data.eval.labels
-        mean = np.where(labels, judged["rewards/chosen"], judged["rewards/rejected"]).mean()
+        held_out = prepare(stage).data.eval
+        assert held_out is not None
+        mean = np.where(held_out.labels, judged["rewards/chosen"], judged["rewards/rejected"]).mean()
         assert judged["delta"] == pytest.approx(mean, rel=1e-4) and judged["delta"] != last["eval_delta"]
         assert judged["loss"] != pytest.approx(last["eval_loss"], rel=1e-4)
     else:

@@ -119,8 +119,8 @@ def read_scores(
     model: Model, variables: Variables, batch: Batch, key: jax.Array | None = None
 ) -> tuple[jax.Array, Mapping[str, Array]]:
     """What the score head says where a micro-batch's predictions ask, float32 `[rows, predictions]`; and `aux`."""
-    weights = balance.token_weights(batch) if any(model.config.sparse_layers) else None
-    hidden, _, aux = model.apply(variables, batch.rows, key=key, weights=weights)
+    options = {"weights": balance.token_weights(batch)} if any(model.config.sparse_layers) else {}
+    hidden, _, aux = model.apply(variables, batch.rows, key=key, **options)
     return model.scores(variables, gather_sources(hidden, batch.predictions)), aux
 
 

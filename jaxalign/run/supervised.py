@@ -44,7 +44,7 @@ def load_supervised(stage: Stage, tokenizer: Any, config: models.ModelConfig) ->
     try:
         return data.load(section, tokenizer, "sft")
     except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"ptx_data: {error}") from error
+        raise type(error)("ptx_data: " + str(error).replace("data.on_bad", "ptx_data.on_bad")) from error
 
 
 def make_supervised(stage: Stage, found: data.Data | None) -> Supervised | None:

@@ -81,7 +81,7 @@ def test_scores_of_steps(scorer):
     assert np.concatenate(losses).mean() == pytest.approx(wanted, rel=1e-4)
     reduced = {name: reduce(np.array([0.5, 0.25, 0.5])) for name, reduce in process_reward.STEP_REDUCTIONS.items()}
     assert reduced == {"min": 0.25, "product": 0.0625, "last": 0.5}
-    with pytest.raises(ValueError, match="judges the steps of a completion"):
+    with pytest.raises(ValueError, match="judges steps and no whole text"):
         make_scorer(model, variables)
 
 

@@ -64,12 +64,13 @@ def make_loss(config: Config, model: Model, *, temperature: float = 1.0) -> Loss
     coupled = not COUPLED_LOSSES.isdisjoint(config.loss_types)
 
     def read(params: Variables, frozen: Variables, batch: Batch, key: jax.Array | None):
+        reference = common.ref_logps(batch)
         key = None if config.disable_dropout else key
         variables, chunk = common.join_variables(params, frozen), config.logits_chunk
         tokens = common.read(
             model, variables, batch, key, chunk, temperature=temperature, square_sums=config.use_weighting
         )
-        pair, logps = _sum_up(config, tokens, batch)
+        pair, logps = _sum_up(config, tokens, reference, batch)
         scored = pair._replace(
             chosen_log_ratios=diverge(pair.chosen_log_ratios), rejected_log_ratios=diverge(pair.rejected_log_ratios)
         )
@@ -141,12 +142,12 @@ def _add_up(
     return jnp.stack([total / jnp.maximum(totals[count], 1) for total, count in summed]).sum(), summed
 
 
-def _sum_up(config: Config, tokens: TokenStatistics, batch: Batch) -> tuple[PreferenceLogps, Array]:
+def _sum_up(config: Config, tokens: TokenStatistics, reference: Array, batch: Batch) -> tuple[PreferenceLogps, Array]:
     """What the losses look at, and `[completions]` log-probs for the metrics."""
     completions, n = batch.predictions.completions, batch.present.shape[0]
     lengths = losses.count_by_completion(completions, n)
     # Differenced per token before summing: the sums are large and nearly equal.
-    differences, logps = tokens.logps - common.ref_logps(batch), tokens.logps
+    differences, logps = tokens.logps - reference, tokens.logps
     plain = losses.sum_by_completion(logps, completions, n)
     if config.ld_alpha is not None:
         weights = losses.length_weights(completions, batch.predictions.steps, lengths, config.ld_alpha)

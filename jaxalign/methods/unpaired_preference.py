@@ -218,12 +218,13 @@ def make_loss(config: Config, model: Model) -> LossFn | CoupledLoss:
     weight = balance.coefficient(config.router_aux_loss_coef, model)
 
     def read(params: Variables, frozen: Variables, batch: Batch, totals: Totals, key: jax.Array | None):
+        reference = common.ref_logps(batch)
         key = None if config.disable_dropout else key
         variables, chunk = common.join_variables(params, frozen), config.logits_chunk
         tokens = common.read(model, variables, batch, key, chunk, every=COMPLETIONS)
         n = batch.present.shape[0]
         # Differenced per token before summing: the sums are large and nearly equal.
-        ratios = sum_by_completion(tokens.logps - common.ref_logps(batch), batch.predictions.completions, n)
+        ratios = sum_by_completion(tokens.logps - reference, batch.predictions.completions, n)
         ratios = _LogRatios(ratios[0::2], ratios[1::2])
         metrics = _metrics(config, batch, totals, tokens, ratios)
         router, metrics = balance.add(weight, model, batch, tokens.aux, jnp.zeros(()), metrics)

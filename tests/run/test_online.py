@@ -432,7 +432,7 @@ def test_a_critic_goes_on_in_a_later_stage(online, texts, monkeypatch):
     online["log"] = {"logging_steps": 1}
     online["export"] = {"critic": True}
     first, second = {"name": "first"}, {"name": "second", "model": {"path": "first.policy", "critic": "first.critic"}}
-    second |= {"method": {"ptx_coef": 0.0}, "ptx_data": None, "export": {"critic": False}}
+    second |= {"method": {"ptx_coef": 0.0, "ptx_per_prompt": 1}, "ptx_data": None, "export": {"critic": False}}
     result = start(online | {"stages": [first, second]})
     folder = result.folder / "first" / "critic"
     architecture = json.loads((folder / "config.json").read_text())["architectures"]
@@ -468,8 +468,11 @@ def test_a_shared_critic_takes_the_blocks_along(online):
         ({"ptx_data": {}}, r"ptx_data: grpo mixes no supervised examples in"),
         ({"ptx_data": {"eval_ratio": 0.1}}, r"ptx_data\.eval_ratio: a run is evaluated on data\.eval_ratio"),
         ({"ptx_data": {"max_length": 4000}}, r"ptx_data\.max_length=4000 exceeds the model's context of 256"),
-        ({"ptx_data": {"max_length": 2}}, r"(?s)ptx_data: .*ptx_data\.on_bad=drop leaves.*texts\.jsonl:1: "),
-        ({"ptx_data": {}, "train": {"row_length": 64}}, r"train\.row_length=64, .* or a text of ptx_data, may take 1"),
+        ({"ptx_data": {"max_length": 20}}, r"(?s)ptx_data: .*ptx_data\.on_bad=drop leaves.*texts\.jsonl:\d+: "),
+        (
+            {"ptx_data": {"max_length": 250}, "train": {"row_length": 64}},
+            r"train\.row_length=64, .* or a text of ptx_data, may take \d+",
+        ),
         ({"method": SMALL_PPO | {"ptx_per_prompt": 3}}, r"method: ptx_per_prompt=3 is read only with ptx_coef above 0"),
         ({"export": {"critic": True}}, r"export\.critic: the method grpo has no critic"),
     ],
@@ -477,9 +480,9 @@ def test_a_shared_critic_takes_the_blocks_along(online):
 def test_mistakes_with_supervised_examples_and_critics(online, texts, tmp_path, changes, message):
     if "ptx_data" in changes:
         path = tmp_path / "texts.jsonl"
-        path.write_text(texts.read_text() + json.dumps({"text": TEXT}) + "\n")
+        path.write_text(texts.read_text() + json.dumps({"text": TEXT * 3}) + "\n")
         changes = {**changes, "ptx_data": {"path": str(path), **changes["ptx_data"]}}
-        if changes["ptx_data"].keys() != {"path"} or "train" in changes:
+        if changes["ptx_data"].keys() != {"path"}:
             changes["method"] = SMALL_PPO | {"ptx_coef": 0.5}
     with pytest.raises(ValueError, match=message):
         start({**online, **changes, "train": online["train"] | changes.get("train", {})})

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
+
+from jaxalign.display import console, metrics_table, progress, show_completions, show_samples
+from jaxalign.display import say as _say
 
 # Heavy imports happen inside the commands, so that `--help` answers at once.
 
@@ -27,7 +30,6 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at data before training.
 configs_app = typer.Typer(no_args_is_help=True, help="Configs that come with jaxalign.")
 app.add_typer(data_app, name="data")
 app.add_typer(configs_app, name="configs")
-console = Console()
 
 ConfigPath = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a config that comes with jaxalign.")
@@ -52,7 +54,7 @@ def main() -> None:
         if os.environ.get("JAXALIGN_TRACEBACK"):
             raise
         told = "\n".join([_plain(error), *getattr(error, "__notes__", ())])
-        console.print(f"[bold red]error:[/] {_escape(told)}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error:[/] {escape(told)}", highlight=False, soft_wrap=True)
         _end(1)
     except Exception as error:
         _end(error=error)
@@ -75,7 +77,7 @@ def run(
     with joined():
         loaded = _load(config, overrides)
         if is_first():
-            result = runs.run(loaded, fresh=fresh, say=_say, make_progress=_progress, show=_show_samples)
+            result = runs.run(loaded, fresh=fresh, say=_say, make_progress=progress, show=show_samples)
         else:  # what all have to say, the first one says
             logging.getLogger().setLevel(logging.ERROR)
             result = runs.run(loaded, fresh=fresh)
@@ -85,7 +87,7 @@ def run(
         return
     for stage in result.stages:
         if stage.export is not None:
-            _metrics_table(stage.name or "result", stage.metrics)
+            metrics_table(stage.name or "result", stage.metrics)
     if result.comparison is not None:
         for table in comparison_tables(result.comparison, loaded.compare.samples):
             console.print(table)
@@ -181,7 +183,7 @@ def sample(
     if output is not None:
         _say(f"{len(rows)} rows in {output}")
         return
-    _show_completions(rows)
+    show_completions(rows)
 
 
 @app.command("eval")
@@ -201,7 +203,7 @@ def evaluate(
     )
     if output is not None:
         output.write_text(json.dumps(metrics, indent=1) + "\n")
-    _metrics_table(model or "start", metrics)
+    metrics_table(model or "start", metrics)
 
 
 @app.command()
@@ -292,10 +294,6 @@ def _load(path: Path, overrides: list[str] | None) -> Any:
     return load_config(known.get(str(path), path) if not path.is_file() else path, overrides or [])
 
 
-def _say(line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
 def _expected() -> tuple[type[Exception], ...]:
     """Errors that a user can mend; called only when there is one."""
     from jaxalign.methods.online import NoSignalError
@@ -326,45 +324,3 @@ def _keep_compiled() -> None:
         with contextlib.suppress(OSError):
             cache.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(cache))
-
-
-def _progress(num_steps: int, start: int, title: str) -> Any:
-    from jaxalign.training.progress import progress_bar
-
-    return progress_bar(num_steps, start, console, title)
-
-
-def _show_samples(step: int, records: Any) -> None:
-    from jaxalign.training.progress import samples_table
-
-    console.print(samples_table(step, records))
-
-
-def _show_completions(rows: Any) -> None:
-    """Each prompt once, where there are several rows, and what came of it."""
-    from jaxalign.evaluation import readable
-
-    last = None
-    for row in rows:
-        if len(rows) > 1 and row["prompt"] is not last:
-            console.print(readable(row["prompt"]), style="bold", markup=False, highlight=False)
-        if len(rows) > 1 or "score" in row:
-            ended = f"{len(row['completion_ids'])} tokens, {row['finish']}"
-            scored = "".join(f", {name} {value}" for name, value in row.get("scores", {}).items())
-            console.print(f"[{ended}{scored}]", style="dim", markup=False, highlight=False)
-        console.print(readable(row["completion"]).strip(), markup=False, highlight=False)
-        last = row["prompt"]
-
-
-def _metrics_table(title: str, metrics: dict[str, float]) -> None:
-    table = Table("metric", title, box=None)
-    for name, value in metrics.items():
-        if isinstance(value, int | float):
-            table.add_row(name, f"{value:.6g}")
-    console.print(table)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

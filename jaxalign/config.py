@@ -69,12 +69,14 @@ FOREIGN_NAMES = {
 }
 
 
-# What a later stage may name of an earlier one: `<stage>.policy`, of a reward stage `<stage>.reward`; it is the export.
-OUTPUTS = ("policy", "reward")
+# What a later stage may name of an earlier one: `<stage>.policy`, of a reward stage `<stage>.reward`, which are the
+# export; of a stage with a critic `<stage>.critic`, which is beside it.
+OUTPUTS = ("policy", "reward", "critic")
 SECTIONS: dict[str, type] = {
     "model": ModelSection,
     "lora": LoraSection,
     "data": DataConfig,
+    "ptx_data": DataConfig,
     "rollout": RolloutSection,
     "optimizer": optimizer.Config,
     "mesh": MeshConfig,
@@ -205,8 +207,9 @@ def _stage(name: str, raw: Mapping[str, Any], where: str) -> Stage:
             raise ValueError(f"{where}{needed}: this section is missing; it needs at least `path`")
     settings = {"learning_rate": METHODS[method_name].LEARNING_RATE, **(raw.get("optimizer") or {})}
     raw = {**raw, "rollout": _rollout(METHODS[method_name], raw.get("rollout"), f"{where}rollout")}
-    raw["data"] = _data(raw["data"], f"{where}data")
-    built = {key: build(kind, raw.get(key) or {}, where + key) for key, kind in SECTIONS.items() if key != "optimizer"}
+    raw |= {key: _data(raw[key], where + key) for key in ("data", "ptx_data") if raw.get(key) is not None}
+    apart = {"optimizer"} if raw.get("ptx_data") is not None else {"optimizer", "ptx_data"}
+    built = {key: build(kind, raw.get(key) or {}, where + key) for key, kind in SECTIONS.items() if key not in apart}
     built["lora"] = None if raw.get("lora") is None else built["lora"]
     if built["lora"] and built["model"].trainable:
         raise ValueError(f"{where}model.trainable: with the section lora the adapter trains; leave one of them away")
@@ -257,6 +260,10 @@ def _check_inputs(stages: Sequence[Stage]) -> None:
                 raise ValueError(f"{where} names no earlier stage (there are: {list(earlier)})")
             if role == "reward" and not trains_scores(METHODS[earlier[source].method_name]):
                 raise ValueError(f"{where}: that stage trains a policy, {source}.policy")
+            if role == "critic" and not earlier[source].export.critic:
+                raise ValueError(f"{where} is not written: set stages.{source}.export.critic to true")
+            if role == "critic" and key != "model.critic":
+                raise ValueError(f"{where} is a critic, which is for model.critic alone")
         earlier[stage.name] = stage
 
 
@@ -316,6 +323,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain_stage(stage: Stage) -> dict[str, Any]:
     there = {"rollout": is_online(METHODS[stage.method_name]), "lora": stage.lora is not None}
+    there["ptx_data"] = stage.ptx_data is not None
     names = [key for key in SECTIONS if there.get(key, True)]
     sections = {key: _plain(dataclasses.asdict(getattr(stage, key))) for key in names}
     method = {"name": stage.method_name, **_plain(dataclasses.asdict(stage.method))}

@@ -25,7 +25,8 @@ class ModelSection:
       reference: where the reference comes from; the policy's own start by default.
       reference_cache: folder for log-probs that `precompute_ref_log_probs` computes, shared between runs; None =
         `jaxalign/reference` in `XDG_CACHE_HOME` (`~/.cache`).
-      critic: what the critic of `ppo` begins as: a reward model or a language model; the policy's own start by default.
+      critic: what the critic of `ppo` begins as: a reward model, a language model, or `<stage>.critic` of an earlier
+        stage; the policy's own start by default.
       param_dtype: dtype of the parameters.
       compute_dtype: dtype of activations and matrix products; `auto` is bfloat16 on GPU and TPU, float32 on CPU.
       remat: what the backward pass recomputes: `none`, `dots` (all but matrix products) or `full` (whole blocks).
@@ -222,9 +223,12 @@ class ExportSection:
 
     Attributes:
       dtype: dtype of the exported tensors; None = that of the parameters.
+      critic: write the critic of `ppo` too, as a reward model's folder `critic` beside the export; a later stage names
+        it `<stage>.critic`.
     """
 
     dtype: ExportDType | None = None
+    critic: bool = False
 
 
 @dataclass(frozen=True)
@@ -263,6 +267,7 @@ class Stage:
       log: what is written.
       export: the result.
       lora: the adapter, or None.
+      ptx_data: supervised examples that `ppo` mixes in, or None.
     """
 
     name: str
@@ -277,6 +282,17 @@ class Stage:
     log: LogSection
     export: ExportSection
     lora: LoraSection | None = None
+    ptx_data: DataConfig | None = None
+
+    def __post_init__(self):
+        """Raises ValueError where supervised examples and their weight do not go together."""
+        weight, where = getattr(self.method, "ptx_coef", None), f"stages.{self.name}." if self.name else ""
+        if self.ptx_data is None and weight:
+            raise ValueError(f"{where}method.ptx_coef={weight} needs supervised examples: give the section ptx_data")
+        if self.ptx_data is not None and weight is None:
+            raise ValueError(f"{where}ptx_data: {self.method_name} mixes no supervised examples in; leave it away")
+        if self.ptx_data is not None and not weight:
+            raise ValueError(f"{where}ptx_data: method.ptx_coef is 0, so nothing is learned from it; set that above 0")
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,8 @@ def test_the_layout_is_that_of_the_package():
 
 def settings() -> dict[str, dict[str, str]]:
     """Default of every key by section, as docs/configuration.md writes it."""
-    kinds = {**SECTIONS, "compare": CompareSection, "mixture": MixturePart, "filters": Filters}
+    sections = {name: kind for name, kind in SECTIONS.items() if name != "ptx_data"}  # its keys are those of `data`
+    kinds = {**sections, "compare": CompareSection, "mixture": MixturePart, "filters": Filters}
     kinds |= {name: method.Config for name, method in METHODS.items()}
     found = {name: {field.name: _default(field) for field in dataclasses.fields(kind)} for name, kind in kinds.items()}
     rates = (f"`{method.LEARNING_RATE}` (`{name}`)" for name, method in METHODS.items())

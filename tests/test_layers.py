@@ -26,7 +26,7 @@ ORDER = (
     ("sections",),
     ("config",),
     ("run",),
-    ("planning", "verify", "report"),
+    ("planning", "verify", "report", "display"),
     ("cli",),
     ("__main__",),
 )

@@ -1,4 +1,4 @@
-"""What the offline methods share: splitting variables, starting a state, packing examples, evaluating."""
+"""What the methods share: splitting variables, starting a state, making a step, packing examples, evaluating."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxalign.losses import TokenStatistics, token_statistics
+from jaxalign.losses.tokens import gather_sources
 from jaxalign.methods import balance
 from jaxalign.models import Model, freezing
 from jaxalign.packing import Document, pack
+from jaxalign.training.coupled import CoupledLoss
 from jaxalign.training.state import TrainState, init_state
-from jaxalign.training.step import evaluate
-from jaxalign.types import Array, Batch, Mean, Metrics, PyTree, Variables
+from jaxalign.training.step import LossFn, Step, TotalsFn, evaluate
+from jaxalign.training.step import make_step as make_training_step
+from jaxalign.types import Array, Batch, Experience, Mean, Metrics, PyTree, Variables
 
 Example = Mapping[str, Any]
 
@@ -41,18 +45,52 @@ def split_start(method: ModuleType, variables: Any) -> tuple[PyTree, PyTree]:
     return {role: params for role, (params, _) in parts.items()}, {role: rest for role, (_, rest) in parts.items()}
 
 
-def start(
-    model: Model, variables: Variables, optimizer: optax.GradientTransformation, key: jax.Array
+def policy_of(params: PyTree, frozen: PyTree) -> Variables:
+    """The policy's variables."""
+    return join_variables(params, frozen)
+
+
+def init(
+    config: Any, model: Model, variables: Variables, optimizer: optax.GradientTransformation, key: jax.Array
 ) -> tuple[TrainState, Variables]:
     """The state at step 0 and the frozen variables; what the step donates is copied.
 
     Raises:
       ValueError: quantised weights would be trained.
     """
-    del model
+    del config, model
     params, frozen = split_variables(variables)
     freezing.check_trainable(params)
     return init_state(params, optimizer, key), frozen
+
+
+class MakeStep(Protocol):
+    """A method's `make_step`."""
+
+    def __call__(
+        self,
+        config: Any,
+        model: Model,
+        optimizer: optax.GradientTransformation,
+        learning_rate: Callable[[Array], Array] | None = None,
+    ) -> Step:
+        """`(state, frozen, batch) -> (state, metrics)`; jit it and donate the state."""
+        ...
+
+
+def step_maker(make_loss: Callable[[Any, Model], LossFn | CoupledLoss], totals: TotalsFn) -> MakeStep:
+    """The `make_step` of a method whose step is its loss's and nothing more."""
+
+    def make_step(
+        config: Any,
+        model: Model,
+        optimizer: optax.GradientTransformation,
+        learning_rate: Callable[[Array], Array] | None = None,
+    ) -> Step:
+        """`(state, frozen, batch) -> (state, metrics)`; jit it and donate the state."""
+        return make_training_step(make_loss(config, model), totals, optimizer, learning_rate)
+
+    return make_step
 
 
 def read(
@@ -65,15 +103,25 @@ def read(
     temperature: float = 1.0,
     noise: Array | None = None,
     square_sums: bool = False,
+    every: int = 1,
 ) -> TokenStatistics:
-    """Runs the model on a micro-batch and the head where its predictions ask."""
-    weights = balance.token_weights(batch) if any(model.config.sparse_layers) else None
+    """Runs the model on a micro-batch and the head where its predictions ask; `every` as in `balance.token_weights`."""
+    weights = balance.token_weights(batch, every) if any(model.config.sparse_layers) else None
     hidden, _, aux = model.apply(variables, batch.rows, key=key, weights=weights, noise=noise)
     logits = partial(model.logits, variables)
     tokens = token_statistics(
         logits, hidden, batch.predictions, temperature=temperature, chunk=chunk, square_sums=square_sums
     )
     return tokens._replace(aux=aux)
+
+
+def read_scores(
+    model: Model, variables: Variables, batch: Batch, key: jax.Array | None = None
+) -> tuple[jax.Array, Mapping[str, Array]]:
+    """What the score head says where a micro-batch's predictions ask, float32 `[rows, predictions]`; and `aux`."""
+    options = {"weights": balance.token_weights(batch)} if any(model.config.sparse_layers) else {}
+    hidden, _, aux = model.apply(variables, batch.rows, key=key, **options)
+    return model.scores(variables, gather_sources(hidden, batch.predictions)), aux
 
 
 def make_logps(model: Model, chunk: int, *, temperature: float = 1.0) -> Callable[[Variables, Batch], jax.Array]:
@@ -86,6 +134,48 @@ def make_logps(model: Model, chunk: int, *, temperature: float = 1.0) -> Callabl
         return jax.lax.map(one, replace(batch, fields={}))
 
     return logps
+
+
+def make_policy_logps(config: Any, model: Model) -> Callable[[Variables, Batch], jax.Array]:
+    """`(variables, batch) -> token_logps`, float32 `[micro, rows, predictions]`, at the config's temperature."""
+    return make_logps(model, config.logits_chunk, temperature=config.temperature)
+
+
+def make_reference(config: Any, model: Model) -> Callable[[Variables, Batch], Batch]:
+    """`(variables, batch) -> batch` with `ref_logps`, float32 `[micro, rows, predictions]`."""
+    logps = make_logps(model, config.logits_chunk)
+    return lambda variables, batch: replace(batch, fields={**batch.fields, "ref_logps": logps(variables, batch)})
+
+
+def ref_logps(batch: Batch) -> Array:
+    """Those that the batch carries; raises ValueError where it has none."""
+    if "ref_logps" not in batch.fields:
+        raise ValueError("the batch has no ref_logps: fill it with make_reference, or give examples that carry them")
+    return batch.fields["ref_logps"]
+
+
+def without_reference(config: Any) -> bool:
+    """Whether log-probs of a reference enter: never."""
+    del config
+    return False
+
+
+def with_reference(config: Any) -> bool:
+    """Whether log-probs of a reference enter: always, into the metrics if not into the loss."""
+    del config
+    return True
+
+
+def start_nothing(config: Any) -> dict[str, float]:
+    """What goes from rollout to rollout: nothing."""
+    del config
+    return {}
+
+
+def no_batch_fields(config: Any, experience: Experience, micro_batches: int) -> dict[str, np.ndarray]:
+    """Numbers of the whole rollout: none."""
+    del config, experience, micro_batches
+    return {}
 
 
 def needs_reference(method: ModuleType, config: Any) -> bool:

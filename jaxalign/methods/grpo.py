@@ -34,10 +34,9 @@ from jaxalign.methods import balance, common
 from jaxalign.methods.grpo_config import PRESETS, Config
 from jaxalign.models import Model
 from jaxalign.packing import Document, pack
-from jaxalign.training.state import TrainState
 from jaxalign.training.step import LossFn, Step, Totals
 from jaxalign.training.step import make_step as make_training_step
-from jaxalign.types import Array, Batch, Experience, Max, Mean, Metrics, PyTree, Variables
+from jaxalign.types import Array, Batch, Experience, Max, Mean, Metrics, Variables
 
 __all__ = ["PRESETS", "Config", "estimate", "init", "make_batch", "make_logps", "make_loss", "make_step"]
 
@@ -45,10 +44,10 @@ KIND = "prompt"
 ONLINE = True
 LEARNING_RATE = 1e-6
 
-
-def policy_of(params: PyTree, frozen: PyTree) -> Variables:
-    """The policy's variables."""
-    return common.join_variables(params, frozen)
+init = common.init
+policy_of = common.policy_of
+start_carry = common.start_nothing
+make_logps = common.make_policy_logps
 
 
 def needs_reference(config: Config) -> bool:
@@ -85,12 +84,6 @@ def schedule(config: Config, prompts: int, batch_size: int, rng: np.random.Gener
     del rng
     batches = [np.arange(start, min(start + batch_size, prompts)) for start in range(0, prompts, batch_size)]
     return batches * config.num_iterations
-
-
-def start_carry(config: Config) -> dict[str, float]:
-    """What goes from rollout to rollout: nothing."""
-    del config
-    return {}
 
 
 def passes(config: Config, *, narrow: bool) -> dict[str, Literal["policy", "reference"]]:
@@ -201,19 +194,6 @@ def make_loss(config: Config, model: Model) -> LossFn:
         return balance.add(weight, model, batch, tokens.aux, value, jax.lax.stop_gradient(metrics))
 
     return balance.couple(weight, model, loss, disable_dropout=config.disable_dropout)
-
-
-def make_logps(config: Config, model: Model) -> Callable[[Variables, Batch], jax.Array]:
-    """`(variables, batch) -> token_logps`, float32 `[micro, rows, predictions]`, at the config's temperature."""
-    return common.make_logps(model, config.logits_chunk, temperature=config.temperature)
-
-
-def init(
-    config: Config, model: Model, variables: Variables, optimizer: optax.GradientTransformation, key: jax.Array
-) -> tuple[TrainState, Variables]:
-    """The state at step 0 and the frozen variables."""
-    del config
-    return common.start(model, variables, optimizer, key)
 
 
 def make_step(

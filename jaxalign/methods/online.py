@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.data import MixtureOrder
+from jaxalign.methods.mixing import ExampleList, Order, Supervised
 from jaxalign.methods.offline import Layout
 from jaxalign.methods.rollout import (
     Draw,
@@ -38,18 +39,6 @@ ROLLOUTS = np.iinfo(np.int32).max - 1
 TIMES = ("timing_s/sampling", "timing_s/scoring", "timing_s/passes")
 
 
-class Prompts(Protocol):
-    """Prompts by number."""
-
-    def __len__(self) -> int:
-        """How many."""
-        ...
-
-    def __getitem__(self, i: int, /) -> Mapping[str, np.ndarray]:
-        """Example i; `prompt_ids` is its prompt."""
-        ...
-
-
 # Begins to score a rollout, and gives back what waits for the scores: float64 [n, rewards], NaN = none.
 Score = Callable[[Experience], Callable[[], np.ndarray]]
 
@@ -59,7 +48,7 @@ class Parts:
     """What an online source is made of.
 
     Attributes:
-      prompts: the data.
+      prompts: the data; `prompt_ids` is an example's prompt.
       draw: draws completions with the policy's variables.
       policy: params of the train state -> variables of the policy.
       score: scores the completions of a rollout.
@@ -67,15 +56,17 @@ class Parts:
       passes: by the name of the field that they fill, for all fields that the method wants; those of a reference do not
         look at the params.
       width: tokens of the longest prompt.
+      supervised: examples that are mixed into every batch, by the method's `to_supervised`; None = none are.
     """
 
-    prompts: Prompts
+    prompts: ExampleList
     draw: Draw
     policy: Callable[[PyTree], Variables]
     score: Score
     rewards: tuple[str, ...]
     passes: Mapping[str, Pass] = field(default_factory=dict)
     width: int = 0
+    supervised: Supervised | None = None
 
 
 class NoSignalError(RuntimeError):
@@ -89,7 +80,8 @@ class _Progress:
     position: int = 0  # prompts taken from the data so far
     rollouts: int = 0  # times completions were drawn so far
     update: int = 0  # updates made with the current rollout
-    num_tokens: int = 0  # prompt and completion tokens trained on so far
+    num_tokens: int = 0  # prompt and completion tokens trained on so far, and those of supervised examples
+    supervised: int = 0  # supervised examples taken so far
 
 
 class OnlineSource:
@@ -120,9 +112,9 @@ class OnlineSource:
         shuffle: bool = True,
         order: MixtureOrder | None = None,
     ):
-        self._mixture = order
+        self._order = Order(len(parts.prompts), seed, shuffle, order)
         self._method, self._config, self._parts, self._layout, self._mesh = method, config, parts, layout, mesh
-        self._key, self._seed, self._shuffle = jax.random.fold_in(key, ROLLOUTS), seed, shuffle
+        self._key, self._seed = jax.random.fold_in(key, ROLLOUTS), seed
         self._progress = _Progress()
         self._experience: Experience | None = None
         self._carry: dict[str, float] = method.start_carry(config)
@@ -141,16 +133,24 @@ class OnlineSource:
         assert experience is not None
         members = self._members(self._progress.update)
         names = self._method.fields(self._config)
-        batch = pack_prompts(experience, members, self._layout, share_prompt=self._config.share_prompt, fields=names)
+        mixed = self._take_supervised()
+        batch = pack_prompts(
+            experience,
+            members,
+            self._layout,
+            share_prompt=self._config.share_prompt,
+            fields=names,
+            supervised=[self._method.to_supervised(each) for each in mixed],
+        )
         extra = self._method.batch_fields(self._config, experience, len(batch.present))
         batch = place_batch(self._mesh, replace(batch, fields={**batch.fields, **extra}))
         self._progress.update += 1
         size = experience.num_generations
         own = (members[:, None] * size + np.arange(size)[None]).reshape(-1)
         tokens = size * int(experience.prompt_lengths[members].sum()) + int(experience.lengths[own].sum())
-        self._progress.num_tokens += tokens
+        self._progress.num_tokens += tokens + sum(len(each["input_ids"]) for each in mixed)
         metrics["num_tokens"] = self._progress.num_tokens
-        metrics["epoch"] = self._progress.position / self._epoch_size
+        metrics["epoch"] = self._progress.position / self._order.epoch_size
         return batch, metrics
 
     def state(self) -> dict[str, Any]:
@@ -181,22 +181,17 @@ class OnlineSource:
         return self._method.schedule(self._config, len(self._experience.prompts), self._layout.batch_size, rng)[update]
 
     def _take(self, count: int) -> np.ndarray:
-        """Numbers of the next prompts; an epoch's order is a function of the seed and its number."""
-        total, start = self._epoch_size, self._progress.position
-        epochs = range(start // total, (start + count - 1) // total + 1)
-        orders = np.concatenate([self._order(epoch) for epoch in epochs])
+        """Numbers of the next prompts."""
         self._progress.position += count
-        return orders[start % total :][:count].astype(np.int64)
+        return self._order.take(self._progress.position - count, count)
 
-    @property
-    def _epoch_size(self) -> int:
-        return len(self._parts.prompts if self._mixture is None else self._mixture)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        total = self._epoch_size
-        if self._mixture is not None:
-            return np.asarray([self._mixture[place] for place in range(epoch * total, (epoch + 1) * total)])
-        return np.random.default_rng([self._seed, epoch]).permutation(total) if self._shuffle else np.arange(total)
+    def _take_supervised(self) -> list[Mapping[str, Any]]:
+        """The next supervised examples, as many for every batch."""
+        if self._parts.supervised is None:
+            return []
+        found = self._parts.supervised.take(self._progress.supervised, self._layout.batch_size)
+        self._progress.supervised += len(found)
+        return found
 
     def _refill(self, params: PyTree) -> dict[str, Metric | float | int]:
         times: dict[str, float] = dict.fromkeys(TIMES, 0.0)

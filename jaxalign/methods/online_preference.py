@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
 import numpy as np
-import optax
 
 from jaxalign import losses
 from jaxalign.methods import common, preference
 from jaxalign.methods.rollout import choose_completions
 from jaxalign.models import Model
 from jaxalign.training.coupled import CoupledLoss
-from jaxalign.training.state import TrainState
-from jaxalign.training.step import LossFn, Step
-from jaxalign.training.step import make_step as make_training_step
-from jaxalign.types import Array, Batch, Experience, Mean, Metrics, PyTree, Variables
+from jaxalign.training.step import LossFn
+from jaxalign.types import Experience, Mean, Metrics
 
 KIND = "prompt"
 ONLINE = True
 LEARNING_RATE = 5e-7
+
+needs_reference = common.with_reference
+init = common.init
+policy_of = common.policy_of
+start_carry = common.start_nothing
+batch_fields = common.no_batch_fields
+make_logps = common.make_policy_logps
 
 
 @dataclass(frozen=True)
@@ -82,17 +84,6 @@ class Config:
         return preference.Config(**{name: getattr(self, name) for name in names})
 
 
-def policy_of(params: PyTree, frozen: PyTree) -> Variables:
-    """The policy's variables."""
-    return common.join_variables(params, frozen)
-
-
-def needs_reference(config: Config) -> bool:
-    """Whether log-probs of a reference enter: always."""
-    del config
-    return True
-
-
 def rollout_prompts(config: Config, batch_size: int) -> int:
     """Prompts of a rollout: those of one batch."""
     del config
@@ -122,12 +113,6 @@ def schedule(config: Config, prompts: int, batch_size: int, rng: np.random.Gener
     return [np.arange(prompts)]
 
 
-def start_carry(config: Config) -> dict[str, float]:
-    """What goes from rollout to rollout: nothing."""
-    del config
-    return {}
-
-
 def passes(config: Config, *, narrow: bool) -> dict[str, Literal["policy", "reference"]]:
     """Fields that packed passes must fill, and by which model."""
     del config, narrow
@@ -138,12 +123,6 @@ def fields(config: Config) -> tuple[str, ...]:
     """Fields per token that the loss reads."""
     del config
     return ("ref_logps",)
-
-
-def batch_fields(config: Config, experience: Experience, micro_batches: int) -> dict[str, np.ndarray]:
-    """Numbers of the whole rollout: none."""
-    del config, experience, micro_batches
-    return {}
 
 
 def estimate(
@@ -172,27 +151,7 @@ def make_loss(config: Config, model: Model) -> LossFn | CoupledLoss:
     return preference.make_loss(config.offline, model, temperature=config.temperature)
 
 
-def make_logps(config: Config, model: Model) -> Callable[[Variables, Batch], jax.Array]:
-    """`(variables, batch) -> token_logps`, float32 `[micro, rows, predictions]`, at the config's temperature."""
-    return common.make_logps(model, config.logits_chunk, temperature=config.temperature)
-
-
-def init(
-    config: Config, model: Model, variables: Variables, optimizer: optax.GradientTransformation, key: jax.Array
-) -> tuple[TrainState, Variables]:
-    """The state at step 0 and the frozen variables."""
-    del config
-    return common.start(model, variables, optimizer, key)
-
-
-def make_step(
-    config: Config,
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    learning_rate: Callable[[Array], Array] | None = None,
-) -> Step:
-    """`(state, frozen, batch) -> (state, metrics)`; jit it and donate the state."""
-    return make_training_step(make_loss(config, model), preference.totals, optimizer, learning_rate)
+make_step = common.step_maker(make_loss, preference.totals)
 
 
 def _scores(config: Config, experience: Experience) -> np.ndarray:

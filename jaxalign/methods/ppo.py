@@ -1,14 +1,13 @@
 """Proximal policy optimisation with a critic, as for language models: KL in the reward, GAE, clipped policy and value.
 
-The trainable parameters are `{"policy": ..., "value": ...}`, each as `common.split_variables` gives them; a critic that
-shares the policy's blocks is a head among the policy's parameters, and there is no `value`. Sources: Schulman et al.,
+The trainable parameters are `{"policy": ..., "value": ...}`, see `ppo_models`. Sources: Schulman et al.,
 arXiv 1707.06347; Ziegler et al., arXiv 1909.08593; Huang et al., arXiv 2403.17031.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -19,11 +18,15 @@ import optax
 
 from jaxalign import losses
 from jaxalign.losses.tokens import gather_sources
-from jaxalign.methods import common, sft
+from jaxalign.methods import balance, common, sft
 from jaxalign.methods.ppo_config import Config
 from jaxalign.methods.ppo_estimate import estimate as estimate
 from jaxalign.methods.ppo_estimate import start_carry as start_carry
-from jaxalign.models import Model, add_score_head
+from jaxalign.methods.ppo_models import CRITIC_LOADS, Models, critic_key, loads_counter, routers_of
+from jaxalign.methods.ppo_models import add_critic as add_critic
+from jaxalign.methods.ppo_models import policy_of as policy_of
+from jaxalign.methods.ppo_models import value_of as value_of
+from jaxalign.models import Model
 from jaxalign.models.freezing import check_trainable
 from jaxalign.packing import Document, measure_document, pack
 from jaxalign.training.state import TrainState, init_state
@@ -36,56 +39,8 @@ ONLINE = True
 CRITIC = True
 LEARNING_RATE = 3e-6
 
-
-@dataclass(frozen=True)
-class Models:
-    """The policy, and the model with a score head that is its critic: the same one where they share their blocks."""
-
-    policy: Model
-    value: Model
-
-
-def add_critic(
-    config: Config, model: Model, variables: Variables, key: jax.Array, start: tuple[Model, Variables] | None = None
-) -> tuple[Models, dict[str, Variables]]:
-    """The models that are trained, and their variables by role.
-
-    Args:
-      config: the method's.
-      model: the policy.
-      variables: its variables; the result shares their arrays (`init` copies).
-      key: of a new head's draw, whose standard deviation is 0: the first values are 0.
-      start: what the critic begins as, the policy by default: a reward model, which keeps its head, or a language
-        model, which gets a new one. `separate` critics only.
-
-    Raises:
-      ValueError: `start` with a shared critic.
-    """
-    if config.critic == "shared":
-        if start is not None:
-            raise ValueError(
-                "a shared critic is a head on the policy's blocks: set critic to separate, or give no start"
-            )
-        both, joined = add_score_head(model, variables, key, std=0.0, keep_lm_head=True)
-        return Models(both, both), {"policy": joined}
-    critic, begun = start or (model, variables)
-    if not critic.config.score_head:
-        critic, begun = add_score_head(critic, begun, key, std=0.0)
-    if critic.config.vocab_size != model.config.vocab_size:
-        sizes = f"{critic.config.vocab_size} and {model.config.vocab_size}"
-        raise ValueError(f"critic and policy read different tokens: their vocabularies have {sizes} entries")
-    return Models(model, critic), {"policy": variables, "value": begun}
-
-
-def policy_of(params: PyTree, frozen: PyTree) -> Variables:
-    """The policy's variables; with a shared critic the score head is among them (see `models.drop_score_head`)."""
-    return common.join_variables(params["policy"], frozen["policy"])
-
-
-def value_of(params: PyTree, frozen: PyTree) -> Variables:
-    """The critic's variables."""
-    role = "value" if "value" in params else "policy"
-    return common.join_variables(params[role], frozen[role])
+batch_fields = common.no_batch_fields
+make_logps = common.make_policy_logps
 
 
 def needs_reference(config: Config) -> bool:
@@ -139,12 +94,6 @@ def fields(config: Config) -> tuple[str, ...]:
     return ("advantages", "returns", "values", "loss_mask", "sampler_logps", *old)
 
 
-def batch_fields(config: Config, experience: Experience, micro_batches: int) -> dict[str, np.ndarray]:
-    """Numbers of the whole rollout: none."""
-    del config, experience, micro_batches
-    return {}
-
-
 def totals(batch: Batch) -> Totals:
     """The losses' denominators: tokens of the global minibatch, and targets of its supervised examples."""
     counts = {"loss": (common.in_loss(batch) >= 0).sum().astype(jnp.float32)}
@@ -155,11 +104,13 @@ def make_loss(config: Config, models: Models) -> LossFn:
     """The loss of a micro-batch: means over the global minibatch's tokens of the policy's and the critic's loss.
 
     `policy + vf_coef value - entropy_coef entropy`, and with `ptx_coef` that times the mean negative log-prob of the
-    supervised targets, at temperature 1. The batch carries `fields(config)`, the advantages as `whiten_batch` has them.
+    supervised targets, at temperature 1; with experts the load-balancing losses of the policy and of a critic of its
+    own. The batch carries `fields(config)`, the advantages as `whiten_batch` has them.
     """
     bounds = {"epsilon_low": config.epsilon, "epsilon_high": config.upper}
     dual = {} if config.dual_clip is None else {"dual_clip": config.dual_clip}
     policy_loss = partial(losses.POLICY_LOSSES["dual" if dual else "clip"], **bounds, **dual)
+    routers = routers_of(config, models)
 
     def loss(params: PyTree, frozen: PyTree, batch: Batch, totals: Totals, key: jax.Array | None):
         known, completions = batch.fields, common.in_loss(batch)
@@ -178,9 +129,15 @@ def make_loss(config: Config, models: Models) -> LossFn:
             nll = -read.supervised_logps * known["ptx_mask"]
             value = value + config.ptx_coef * losses.ratio(nll.sum(), totals["ptx"])
             metrics["loss/ptx_avg"] = common.masked_mean(nll, known["ptx_mask"])
+        for each in routers:
+            aux = read.aux[each.loads]
+            value, metrics = balance.add(
+                each.weight, each.model, batch, aux, value, metrics, loads=each.loads, name=each.name
+            )
         return value, jax.lax.stop_gradient(metrics)
 
-    return loss
+    counts = {each.loads: loads_counter(config, each) for each in routers}
+    return balance.prepare(loss, counts) if counts else loss
 
 
 def whiten_batch(config: Config, batch: Batch) -> Batch:
@@ -221,17 +178,12 @@ def make_step(
     return step
 
 
-def make_logps(config: Config, model: Model) -> Callable[[Variables, Batch], jax.Array]:
-    """`(variables, batch) -> token_logps`, float32 `[micro, rows, predictions]`, at the config's temperature."""
-    return common.make_logps(model, config.logits_chunk, temperature=config.temperature)
-
-
 def make_values(config: Config, model: Model) -> Callable[[Variables, Batch], jax.Array]:
     """`(variables, batch) -> values`, float32 `[micro, rows, predictions]`: of the state in which a token is drawn."""
     del config
 
     def one(variables: Variables, batch: Batch) -> jax.Array:
-        return model.scores(variables, gather_sources(model.apply(variables, batch.rows)[0], batch.predictions))
+        return common.read_scores(model, variables, batch)[0]
 
     return lambda variables, batch: jax.lax.map(partial(one, variables), replace(batch, fields={}))
 
@@ -286,30 +238,36 @@ def make_batch(
 
 
 class _Reading(NamedTuple):
-    """What the models say of a micro-batch's predictions; `supervised_logps` are 0 without `ptx_coef`."""
+    """What the models say of a micro-batch's predictions; `supervised_logps` are 0 without `ptx_coef`.
+
+    `aux` is what `Model.apply` says, of the policy and of a critic of its own, by the field of their routers' loads.
+    """
 
     tokens: losses.TokenStatistics
     values: jax.Array
     supervised_logps: jax.Array | float
+    aux: Mapping[str, Mapping[str, Array]]
 
 
 def _read(
     config: Config, models: Models, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array | None
 ) -> _Reading:
     policy, value = policy_of(params, frozen), value_of(params, frozen)
-    hidden = states = models.policy.apply(policy, batch.rows, key=key)[0]
+    weights = balance.token_weights(batch)
+    hidden, _, aux = models.policy.apply(policy, batch.rows, key=key, weights=weights)
+    read: dict[str, Mapping[str, Array]] = {balance.LOADS: aux}
     if config.critic == "separate":
-        own = None if key is None else jax.random.fold_in(key, 1)
-        states = models.value.apply(value, batch.rows, key=own)[0]
-    values = models.value.scores(value, gather_sources(states, batch.predictions))
+        values, read[CRITIC_LOADS] = common.read_scores(models.value, value, batch, critic_key(key))
+    else:
+        values = models.value.scores(value, gather_sources(hidden, batch.predictions))
     statistics = partial(losses.token_statistics, partial(models.policy.logits, policy), hidden, batch.predictions)
     chunk, entropy = config.logits_chunk, config.entropy_coef > 0
     tokens = statistics(temperature=config.temperature, chunk=chunk, entropy_gradient=entropy)
     if not config.ptx_coef:
-        return _Reading(tokens, values, 0.0)
+        return _Reading(tokens, values, 0.0, read)
     if "ptx_mask" not in batch.fields:
         raise ValueError(f"ptx_coef={config.ptx_coef}, but the batch has no supervised examples; see ppo.make_batch")
-    return _Reading(tokens, values, statistics(chunk=chunk).logps)
+    return _Reading(tokens, values, statistics(chunk=chunk).logps, read)
 
 
 def _metrics(

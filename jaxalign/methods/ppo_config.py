@@ -44,7 +44,9 @@ class Config:
       epsilon_value: how far a value may move from what the critic said when the tokens were drawn; None = no bound.
       vf_coef: weight of the value loss.
       entropy_coef: weight of the entropy that is taken off the loss.
-      ptx_coef: weight of the loss on supervised examples that are mixed into every batch; 0 = none are.
+      ptx_coef: weight of the loss on supervised examples that are mixed into every batch; 0 = none are. In a run they
+        come from the section `ptx_data`.
+      ptx_per_prompt: so many of them for each prompt of a batch.
       target_kl: an update is not applied where the policy is already further than this from the one that drew the
         minibatch's tokens, by `policy/approxkl_avg` in nats per token; None = all are.
       critic: a model of its own (`separate`), or a head on the policy's blocks (`shared`).
@@ -53,6 +55,8 @@ class Config:
       disable_dropout: no dropout even if the model's config has some.
       share_prompt: compute the prompt once for all its completions.
       logits_chunk: predictions per row whose logits exist at once.
+      router_aux_loss_coef: weight of the load-balancing losses of a sparse policy, and of a sparse critic of its own;
+        None = what each model's config says.
     """
 
     num_ppo_epochs: int = 4
@@ -81,12 +85,14 @@ class Config:
     vf_coef: float = 0.1
     entropy_coef: float = 0.0
     ptx_coef: float = 0.0
+    ptx_per_prompt: int = 1
     target_kl: float | None = None
     critic: Literal["separate", "shared"] = "separate"
     old_logps: Literal["auto", "sampler", "trainer"] = "auto"
     disable_dropout: bool = True
     share_prompt: bool = True
     logits_chunk: int = 128
+    router_aux_loss_coef: float | None = None
 
     def __post_init__(self):
         """Raises ValueError on settings that have no meaning; the field is named."""
@@ -100,7 +106,13 @@ class Config:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; known: {', '.join(known)}")
-        for name in ("num_ppo_epochs", "num_mini_batches", "num_generations", "max_completion_length"):
+        for name in (
+            "num_ppo_epochs",
+            "num_mini_batches",
+            "num_generations",
+            "max_completion_length",
+            "ptx_per_prompt",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("temperature", "kl_horizon", "score_clip", "kl_target", "epsilon_value", "target_kl"):
@@ -118,6 +130,8 @@ class Config:
             raise ValueError(f"missing_eos_penalty={self.missing_eos_penalty} must be above 0: it is subtracted")
         if self.missing_eos_penalty is not None and self.score_without_eos is not None:
             raise ValueError("missing_eos_penalty and score_without_eos are two rules for the same: give one of them")
+        if self.ptx_per_prompt != 1 and not self.ptx_coef:
+            raise ValueError(f"ptx_per_prompt={self.ptx_per_prompt} is read only with ptx_coef above 0")
         if self.kl_target is not None and not self.kl_coef:
             raise ValueError("kl_target moves kl_coef by factors, and kl_coef=0 stays 0: give a kl_coef to start from")
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxalign import losses
 from jaxalign.losses import COUPLED_LOSSES, PER_TOKEN, PREFERENCE_LOSSES, PreferenceLogps, TokenStatistics
@@ -24,10 +22,8 @@ from jaxalign.methods.preference_config import PRESETS, Config
 from jaxalign.models import Model
 from jaxalign.packing import Document
 from jaxalign.training.coupled import CoupledLoss
-from jaxalign.training.state import TrainState
-from jaxalign.training.step import LossFn, Step, Totals
-from jaxalign.training.step import make_step as make_training_step
-from jaxalign.types import Array, Batch, Metric, Variables
+from jaxalign.training.step import LossFn, Totals
+from jaxalign.types import Array, Batch, Mean, Metric, Sum, Variables
 
 __all__ = ["PRESETS", "Config", "init", "make_batch", "make_loss", "make_reference", "make_step"]
 
@@ -36,14 +32,11 @@ COMPLETIONS = 2
 BRANCHES = ("chosen", "rejected")  # whose reference log-probs can be computed beforehand
 LEARNING_RATE = 1e-6
 
+needs_reference = common.with_reference
 count_tokens = pairs.count_tokens
 totals = pairs.totals
-
-
-def needs_reference(config: Config) -> bool:
-    """Whether log-probs of a reference enter: always, into the metrics if not into the loss."""
-    del config
-    return True
+init = common.init
+make_reference = common.make_reference
 
 
 def to_document(config: Config, example: common.Example) -> Document:
@@ -71,16 +64,13 @@ def make_loss(config: Config, model: Model, *, temperature: float = 1.0) -> Loss
     coupled = not COUPLED_LOSSES.isdisjoint(config.loss_types)
 
     def read(params: Variables, frozen: Variables, batch: Batch, key: jax.Array | None):
-        if "ref_logps" not in batch.fields:
-            raise ValueError(
-                "the batch has no ref_logps: fill it with make_reference, or give examples that carry them"
-            )
+        reference = common.ref_logps(batch)
         key = None if config.disable_dropout else key
         variables, chunk = common.join_variables(params, frozen), config.logits_chunk
         tokens = common.read(
             model, variables, batch, key, chunk, temperature=temperature, square_sums=config.use_weighting
         )
-        pair, logps = _sum_up(config, tokens, batch)
+        pair, logps = _sum_up(config, tokens, reference, batch)
         scored = pair._replace(
             chosen_log_ratios=diverge(pair.chosen_log_ratios), rejected_log_ratios=diverge(pair.rejected_log_ratios)
         )
@@ -96,46 +86,23 @@ def make_loss(config: Config, model: Model, *, temperature: float = 1.0) -> Loss
         metrics = metrics | {"loss": pairs.loss_metric(summed, batch)}
         return balance.add(weight, model, batch, aux, value, metrics)
 
-    def combine(found: _Read, batch: Batch, totals: Totals):
+    def read_coupled(params: Variables, frozen: Variables, batch: Batch, totals: Totals, key: jax.Array | None):
+        found, metrics, aux = read(params, frozen, batch, key)
+        router, metrics = balance.add(weight, model, batch, aux, jnp.zeros(()), metrics)
+        return (found, router), metrics
+
+    def combine(values: tuple[_Read, Array], batch: Batch, totals: Totals):
+        found, router = values[0], values[1].sum()
         flat, present = jax.tree.map(lambda x: x.reshape(-1), (found, batch.present[..., 0::2]))
         value, summed = _add_up(terms, flat, present, totals)
-        return value, {"loss": pairs.loss_metric(summed, batch)}
+        parts = (*pairs.loss_metric(summed, batch).parts, *([Mean(router, jnp.ones(()))] if weight else []))
+        return value + router, {"loss": Sum(parts)}
 
-    if not coupled:
-        return balance.couple(weight, model, loss, disable_dropout=config.disable_dropout)
-    if weight:
-        raise ValueError(f"loss_type={config.loss_type!r} goes without a router loss: set router_aux_loss_coef to 0")
-    return CoupledLoss(lambda params, frozen, batch, totals, key: read(params, frozen, batch, key)[:2], combine)
+    whole = CoupledLoss(read_coupled, combine) if coupled else loss
+    return balance.couple(weight, model, whole, disable_dropout=config.disable_dropout)
 
 
-def make_reference(config: Config, model: Model) -> Callable[[Variables, Batch], Batch]:
-    """`(variables, batch) -> batch` with `ref_logps`, float32 `[micro, rows, predictions]`."""
-
-    def reference(variables: Variables, batch: Batch) -> Batch:
-        def one(micro_batch: Batch) -> jax.Array:
-            return common.read(model, variables, micro_batch, None, config.logits_chunk).logps
-
-        return replace(batch, fields={**batch.fields, "ref_logps": jax.lax.map(one, batch)})
-
-    return reference
-
-
-def init(
-    config: Config, model: Model, variables: Variables, optimizer: optax.GradientTransformation, key: jax.Array
-) -> tuple[TrainState, Variables]:
-    """The state at step 0 and the frozen variables."""
-    del config
-    return common.start(model, variables, optimizer, key)
-
-
-def make_step(
-    config: Config,
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    learning_rate: Callable[[Array], Array] | None = None,
-) -> Step:
-    """`(state, frozen, batch) -> (state, metrics)`; jit it and donate the state."""
-    return make_training_step(make_loss(config, model), totals, optimizer, learning_rate)
+make_step = common.step_maker(make_loss, totals)
 
 
 def make_batch(config: Config, examples: Sequence[common.Example], **layout: Any) -> Batch:
@@ -175,12 +142,12 @@ def _add_up(
     return jnp.stack([total / jnp.maximum(totals[count], 1) for total, count in summed]).sum(), summed
 
 
-def _sum_up(config: Config, tokens: TokenStatistics, batch: Batch) -> tuple[PreferenceLogps, Array]:
+def _sum_up(config: Config, tokens: TokenStatistics, reference: Array, batch: Batch) -> tuple[PreferenceLogps, Array]:
     """What the losses look at, and `[completions]` log-probs for the metrics."""
     completions, n = batch.predictions.completions, batch.present.shape[0]
     lengths = losses.count_by_completion(completions, n)
     # Differenced per token before summing: the sums are large and nearly equal.
-    differences, logps = tokens.logps - batch.fields["ref_logps"], tokens.logps
+    differences, logps = tokens.logps - reference, tokens.logps
     plain = losses.sum_by_completion(logps, completions, n)
     if config.ld_alpha is not None:
         weights = losses.length_weights(completions, batch.predictions.steps, lengths, config.ld_alpha)

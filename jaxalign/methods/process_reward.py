@@ -12,14 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxalign.losses.tokens import gather_sources
-from jaxalign.methods import common
+from jaxalign.methods import balance, common
 from jaxalign.models import Model
 from jaxalign.packing import Document
 from jaxalign.training.state import TrainState
-from jaxalign.training.step import LossFn, Step, Totals
-from jaxalign.training.step import make_step as make_training_step
-from jaxalign.types import Array, Batch, Variables
+from jaxalign.training.step import LossFn, Totals
+from jaxalign.types import Batch, Variables
 
 KIND = "stepwise"
 COMPLETIONS = 1
@@ -34,6 +32,8 @@ STEP_REDUCTIONS: dict[str, Callable[[np.ndarray], float]] = {
 }
 EVALUATION = {"train_on_last_step_only": False}  # every step is judged there, as in TRL
 
+needs_reference = common.without_reference
+
 
 @dataclass(frozen=True)
 class Config:
@@ -42,16 +42,12 @@ class Config:
     Attributes:
       train_on_last_step_only: only the last step's label counts in training; evaluation judges every step.
       disable_dropout: no dropout even if the model's config has some.
+      router_aux_loss_coef: weight of the load-balancing loss of sparse models; None = what the model's config says.
     """
 
     train_on_last_step_only: bool = False
     disable_dropout: bool = True
-
-
-def needs_reference(config: Config) -> bool:
-    """Whether log-probs of a reference enter: never."""
-    del config
-    return False
+    router_aux_loss_coef: float | None = None
 
 
 def to_document(config: Config, example: common.Example) -> Document:
@@ -91,10 +87,11 @@ def make_loss(config: Config, model: Model) -> LossFn:
     With the head's two logits z, `-log softmax(z)[label]`, which is `log(1 + exp(-s))` for a right step and
     `log(1 + exp(s))` for a wrong one, `s = z[1] - z[0]`. Source: Uesato et al., arXiv 2211.14275, section 2.4.
     """
+    weight = balance.coefficient(config.router_aux_loss_coef, model)
 
     def loss(params: Variables, frozen: Variables, batch: Batch, totals: Totals, key: jax.Array | None):
         key = None if config.disable_dropout else key
-        odds = read_steps(model, common.join_variables(params, frozen), batch, key)
+        odds, aux = common.read_scores(model, common.join_variables(params, frozen), batch, key)
         real = (batch.predictions.completions >= 0).astype(odds.dtype)
         right = batch.fields["labels"] * real
         losses = jax.nn.softplus(jnp.where(right > 0, -odds, odds))
@@ -105,15 +102,9 @@ def make_loss(config: Config, model: Model) -> LossFn:
             "accuracy/right": common.masked_mean(hits, right),
             "accuracy/wrong": common.masked_mean(hits, real - right),
         }
-        return value, jax.lax.stop_gradient(metrics)
+        return balance.add(weight, model, batch, aux, value, jax.lax.stop_gradient(metrics))
 
-    return loss
-
-
-def read_steps(model: Model, variables: Variables, batch: Batch, key: jax.Array | None = None) -> jax.Array:
-    """Log-odds that each asked step of a micro-batch is right, float32 `[rows, predictions]`; any number in padding."""
-    hidden, _, _ = model.apply(variables, batch.rows, key=key)
-    return model.scores(variables, gather_sources(hidden, batch.predictions))
+    return balance.couple(weight, model, loss, disable_dropout=config.disable_dropout)
 
 
 def score_steps(
@@ -129,7 +120,9 @@ def score_steps(
     """
     unlabelled = [{**example, "labels": np.zeros(len(example["ends"]))} for example in examples]
     batch = make_batch(Config(), unlabelled, micro_batch_size=micro_batch_size)
-    odds = jax.jit(lambda variables, batch: jax.lax.map(lambda part: read_steps(model, variables, part), batch))
+    # Log-odds that the steps are right, any number in padding.
+    read = lambda variables, batch: jax.lax.map(lambda part: common.read_scores(model, variables, part)[0], batch)  # noqa: E731
+    odds = jax.jit(read)
     right, asked = np.asarray(jax.nn.sigmoid(odds(variables, batch))), batch.predictions
     found = [np.zeros(len(example["ends"]), np.float32) for example in examples]
     for micro, row, place in np.argwhere(np.asarray(asked.completions) >= 0):
@@ -142,20 +135,12 @@ def init(
     config: Config, model: Model, variables: Variables, optimizer: optax.GradientTransformation, key: jax.Array
 ) -> tuple[TrainState, Variables]:
     """The state at step 0 and the frozen variables, of a model with two labels (see `models.add_score_head`)."""
-    del config
     if model.config.score_labels != LABELS:
         raise ValueError("a process reward model has two labels: give it models.add_score_head(..., labels=2)")
-    return common.start(model, variables, optimizer, key)
+    return common.init(config, model, variables, optimizer, key)
 
 
-def make_step(
-    config: Config,
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    learning_rate: Callable[[Array], Array] | None = None,
-) -> Step:
-    """`(state, frozen, batch) -> (state, metrics)`; jit it and donate the state."""
-    return make_training_step(make_loss(config, model), totals, optimizer, learning_rate)
+make_step = common.step_maker(make_loss, totals)
 
 
 def make_batch(config: Config, examples: Sequence[common.Example], **layout: Any) -> Batch:

@@ -7,23 +7,20 @@ papers' combinations.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxalign import losses
 from jaxalign.losses import PER_TOKEN_REWARDS, REFERENCE_FREE_LOSSES, TokenStatistics, reference_free_options
 from jaxalign.methods import balance, common, pairs
 from jaxalign.models import Model
 from jaxalign.packing import Document
-from jaxalign.training.state import TrainState
-from jaxalign.training.step import LossFn, Step, Totals
-from jaxalign.training.step import make_step as make_training_step
+from jaxalign.training.step import LossFn, Totals
 from jaxalign.types import Array, Batch, Mean, Metric, Variables
 
 KIND = "preference"
@@ -96,14 +93,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "orpo": {"loss_type": "orpo"},
 }
 
+needs_reference = common.without_reference
 count_tokens = pairs.count_tokens
 totals = pairs.totals
-
-
-def needs_reference(config: Config) -> bool:
-    """Whether log-probs of a reference enter: never."""
-    del config
-    return False
+init = common.init
 
 
 def to_document(config: Config, example: common.Example) -> Document:
@@ -136,22 +129,7 @@ def make_loss(config: Config, model: Model) -> LossFn:
     return balance.couple(weight, model, loss, disable_dropout=config.disable_dropout)
 
 
-def init(
-    config: Config, model: Model, variables: Variables, optimizer: optax.GradientTransformation, key: jax.Array
-) -> tuple[TrainState, Variables]:
-    """The state at step 0 and the frozen variables."""
-    del config
-    return common.start(model, variables, optimizer, key)
-
-
-def make_step(
-    config: Config,
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    learning_rate: Callable[[Array], Array] | None = None,
-) -> Step:
-    """`(state, frozen, batch) -> (state, metrics)`; jit it and donate the state."""
-    return make_training_step(make_loss(config, model), totals, optimizer, learning_rate)
+make_step = common.step_maker(make_loss, totals)
 
 
 def make_batch(config: Config, examples: Sequence[common.Example], **layout: Any) -> Batch:

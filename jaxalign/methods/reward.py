@@ -5,28 +5,28 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxalign.data.formats import MOST_COMPLETIONS
 from jaxalign.losses import ranking, ratio, sum_by_completion
-from jaxalign.losses.tokens import gather_sources
-from jaxalign.methods import common
+from jaxalign.methods import balance, common
 from jaxalign.models import Model
 from jaxalign.packing import Document
-from jaxalign.training.state import TrainState
-from jaxalign.training.step import LossFn, Step, Totals
-from jaxalign.training.step import make_step as make_training_step
+from jaxalign.training.step import LossFn, Totals
 from jaxalign.types import Array, Batch, Max, Metrics, Min, Variables
 
 KIND = "ranking"
 COMPLETIONS = MOST_COMPLETIONS
 SCORES = True  # it trains a score head and no LM head
 LEARNING_RATE = 1e-4
+
+needs_reference = common.without_reference
+init = common.init
 
 
 @dataclass(frozen=True)
@@ -38,23 +38,19 @@ class Config:
       normalize: after training, shift and scale the scores to mean 0 and standard deviation 1 over the training data.
       disable_dropout: no dropout even if the model's config has some.
       share_prompt: compute the prompt once for all completions.
+      router_aux_loss_coef: weight of the load-balancing loss of sparse models; None = what the model's config says.
     """
 
     center_rewards_coefficient: float | None = None
     normalize: bool = False
     disable_dropout: bool = True
     share_prompt: bool = True
+    router_aux_loss_coef: float | None = None
 
     def __post_init__(self):
         """Raises ValueError on settings that have no meaning."""
         if self.center_rewards_coefficient is not None and self.center_rewards_coefficient < 0:
             raise ValueError(f"center_rewards_coefficient={self.center_rewards_coefficient} must not be negative")
-
-
-def needs_reference(config: Config) -> bool:
-    """Whether log-probs of a reference enter: never."""
-    del config
-    return False
 
 
 def to_document(config: Config, example: common.Example) -> Document:
@@ -108,10 +104,12 @@ def make_loss(config: Config, model: Model) -> LossFn:
     Source: Ouyang et al., arXiv 2203.02155, eq. 1, with the margin and the centring of `losses.bradley_terry`.
     """
     coefficient = config.center_rewards_coefficient or 0.0
+    weight = balance.coefficient(config.router_aux_loss_coef, model)
 
     def loss(params: Variables, frozen: Variables, batch: Batch, totals: Totals, key: jax.Array | None):
         key = None if config.disable_dropout else key
-        scores = read_scores(model, common.join_variables(params, frozen), batch, key)
+        values, aux = common.read_scores(model, common.join_variables(params, frozen), batch, key)
+        scores = sum_by_completion(values, batch.predictions.completions, batch.present.shape[0])
         by_prompt = (-1, COMPLETIONS)
         scores, present = scores.reshape(by_prompt), batch.present.reshape(by_prompt)
         ranks, margins = (
@@ -121,39 +119,23 @@ def make_loss(config: Config, model: Model) -> LossFn:
         leads = jnp.broadcast_to(margins[:, :, None], (*margins.shape, COMPLETIONS))
         terms = ranking(scores, ranks, present, margins=leads, center_rewards_coefficient=coefficient)
         means = ratio(terms.loss.sum((1, 2)), terms.pairs.sum((1, 2)))
-        return means.sum() / jnp.maximum(totals["loss"], 1), _metrics(scores, present, terms.pairs)
+        value = means.sum() / jnp.maximum(totals["loss"], 1)
+        return balance.add(weight, model, batch, aux, value, _metrics(scores, present, terms.pairs))
 
-    return loss
-
-
-def read_scores(model: Model, variables: Variables, batch: Batch, key: jax.Array | None = None) -> jax.Array:
-    """Scores of a micro-batch's completions, float32 `[completions]`; 0 where there is none."""
-    hidden, _, _ = model.apply(variables, batch.rows, key=key)
-    values = model.scores(variables, gather_sources(hidden, batch.predictions))
-    return sum_by_completion(values, batch.predictions.completions, batch.present.shape[0])
+    return balance.couple(weight, model, loss, disable_dropout=config.disable_dropout)
 
 
 def make_scores(model: Model) -> Callable[[Variables, Batch], jax.Array]:
     """`(variables, batch) -> scores`, float32 `[micro, completions]`; 0 where `batch.present` is 0."""
-    return lambda variables, batch: jax.lax.map(lambda part: read_scores(model, variables, part), batch)
+
+    def one(variables: Variables, batch: Batch) -> jax.Array:
+        values, _ = common.read_scores(model, variables, batch)
+        return sum_by_completion(values, batch.predictions.completions, batch.present.shape[0])
+
+    return lambda variables, batch: jax.lax.map(partial(one, variables), batch)
 
 
-def init(
-    config: Config, model: Model, variables: Variables, optimizer: optax.GradientTransformation, key: jax.Array
-) -> tuple[TrainState, Variables]:
-    """The state at step 0 and the frozen variables, of a model with a score head (see `models.add_score_head`)."""
-    del config
-    return common.start(model, variables, optimizer, key)
-
-
-def make_step(
-    config: Config,
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    learning_rate: Callable[[Array], Array] | None = None,
-) -> Step:
-    """`(state, frozen, batch) -> (state, metrics)`; jit it and donate the state."""
-    return make_training_step(make_loss(config, model), totals, optimizer, learning_rate)
+make_step = common.step_maker(make_loss, totals)
 
 
 def make_batch(config: Config, examples: Sequence[common.Example], **layout: Any) -> Batch:

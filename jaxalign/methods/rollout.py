@@ -128,23 +128,30 @@ def pack_prompts(
     *,
     share_prompt: bool = True,
     fields: Sequence[str] = (),
+    supervised: Sequence[Document] = (),
 ) -> Batch:
     """Packs the groups of some prompts; the micro-batches are as many as `layout.batch_size` has.
 
+    Supervised documents are shared out evenly between the micro-batches, and come behind their prompts there.
     Predictions per row are rounded up to an eighth of the most there can be, since every shape compiles anew.
     """
-    documents = {i: document(experience, int(p), fields) for i, p in enumerate(prompts)}
-    size = experience.num_generations
+    micro, size = layout.micro_batch_size, experience.num_generations
+    micro_batches = -(-layout.batch_size // micro)
+    extra = -(-len(supervised) // micro_batches)
+    places = micro + extra
+    documents = {i // micro * places + i % micro: document(experience, int(p), fields) for i, p in enumerate(prompts)}
+    documents |= {i // extra * places + micro + i % extra: each for i, each in enumerate(supervised)}
+    # The last micro-batches may have fewer prompts than places.
     planned = plan(
-        [pieces_of(each, share_prompt) for each in documents.values()],
-        micro_batches=-(-layout.batch_size // layout.micro_batch_size),
-        micro_batch_size=layout.micro_batch_size,
+        [pieces_of(documents[i], share_prompt) if i in documents else [] for i in range(max(documents) + 1)],
+        micro_batches=micro_batches,
+        micro_batch_size=places,
         length=layout.length,
         shards=layout.shards,
         processes=layout.processes,
         predictions_multiple=max(32, -(-layout.length // 8 // 32) * 32),
     )
-    return build(planned, documents, micro_batch_size=layout.micro_batch_size, completions=size, process=layout.process)
+    return build(planned, documents, micro_batch_size=places, completions=size, process=layout.process)
 
 
 def run_passes(

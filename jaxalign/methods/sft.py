@@ -59,10 +59,8 @@ class Config:
             raise ValueError(f"neftune_noise_alpha={self.neftune_noise_alpha} must be above 0; null turns it off")
 
 
-def needs_reference(config: Config) -> bool:
-    """Whether log-probs of a reference enter: never."""
-    del config
-    return False
+needs_reference = common.without_reference
+init = common.init
 
 
 def to_document(config: Config, example: common.Example) -> Document:
@@ -97,11 +95,14 @@ def make_loss(config: Config, model: Model) -> LossFn:
     weight = balance.coefficient(config.router_aux_loss_coef, model)
     per_token, alpha = SFT_LOSSES[config.loss_type], config.neftune_noise_alpha
 
+    def draw(batch: Batch, key: jax.Array | None) -> jax.Array | None:
+        if alpha is None or key is None:
+            return None
+        drawn = jax.random.wrap_key_data(jnp.asarray(batch.fields["noise_key"]))
+        return embedding_noise(batch.rows, drawn, alpha=alpha, embed_dim=model.config.embed_dim)
+
     def loss(params: Variables, frozen: Variables, batch: Batch, totals: Totals, key: jax.Array | None):
-        noise = None
-        if alpha is not None and key is not None:
-            drawn = jax.random.wrap_key_data(jnp.asarray(batch.fields["noise_key"]))
-            noise = embedding_noise(batch.rows, drawn, alpha=alpha, embed_dim=model.config.embed_dim)
+        noise = draw(batch, key)
         key = None if config.disable_dropout else key
         variables = common.join_variables(params, frozen)
         tokens = common.read(model, variables, batch, key, config.logits_chunk, noise=noise)
@@ -114,15 +115,7 @@ def make_loss(config: Config, model: Model) -> LossFn:
         }
         return balance.add(weight, model, batch, tokens.aux, value, metrics)
 
-    return balance.couple(weight, model, loss, disable_dropout=config.disable_dropout)
-
-
-def init(
-    config: Config, model: Model, variables: Variables, optimizer: optax.GradientTransformation, key: jax.Array
-) -> tuple[TrainState, Variables]:
-    """The state at step 0 and the frozen variables."""
-    del config
-    return common.start(model, variables, optimizer, key)
+    return balance.couple(weight, model, loss, disable_dropout=config.disable_dropout, noise=draw)
 
 
 def make_step(

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxalign.data import Examples, check_labels, weight_ranges
 from jaxalign.losses import (
@@ -37,13 +36,11 @@ from jaxalign.losses import (
     running_mean,
     sum_by_completion,
 )
-from jaxalign.methods import common
+from jaxalign.methods import balance, common
 from jaxalign.models import Model
 from jaxalign.packing import Document
 from jaxalign.training.coupled import CoupledLoss
-from jaxalign.training.state import TrainState
-from jaxalign.training.step import LossFn, Step, Totals
-from jaxalign.training.step import make_step as make_training_step
+from jaxalign.training.step import LossFn, Totals
 from jaxalign.types import Array, Batch, Mean, Metrics, PyTree, Variables
 
 KIND = "unpaired"
@@ -51,6 +48,10 @@ COMPLETIONS = 2  # an example's own, and with `kto` one of another example
 BRANCHES = ("completion",)  # those whose reference log-probs can be computed beforehand
 LEARNING_RATE = 1e-6
 PRESETS: dict[str, dict[str, Any]] = {name: {"loss_type": name} for name in UNPAIRED_LOSSES}
+
+needs_reference = common.with_reference
+init = common.init
+make_reference = common.make_reference
 
 logger = logging.getLogger("jaxalign")
 
@@ -69,6 +70,8 @@ class Config:
         instead of keeping it in memory and running it on every batch; not with `kto`.
       share_prompt: compute the prompt once for a completion and another example's.
       logits_chunk: predictions per row whose logits exist at once.
+      router_aux_loss_coef: weight of the load-balancing loss of sparse models; None = what the model's config says. An
+        example counts with its own completion, not with another's.
     """
 
     loss_type: str = "kto"
@@ -79,6 +82,7 @@ class Config:
     precompute_ref_log_probs: bool = False
     share_prompt: bool = True
     logits_chunk: int = 128
+    router_aux_loss_coef: float | None = None
 
     def __post_init__(self):
         """Raises ValueError on settings that have no meaning."""
@@ -155,12 +159,6 @@ def check_examples(config: Config, examples: Examples, batch_size: int, name: st
             )
 
 
-def needs_reference(config: Config) -> bool:
-    """Whether log-probs of a reference enter: always."""
-    del config
-    return True
-
-
 def to_document(config: Config, example: common.Example) -> Document:
     """The prompt as trunk, the completion and perhaps another example's as its branches.
 
@@ -204,44 +202,50 @@ class _LogRatios(NamedTuple):
     other: Array
 
 
+class _Read(NamedTuple):
+    """What the loss looks at of a micro-batch, and its part of the load-balancing loss."""
+
+    ratios: _LogRatios
+    router: Array
+
+
 def make_loss(config: Config, model: Model) -> LossFn | CoupledLoss:
     """The loss of a batch that carries `ref_logps`: the weighted sum over its examples / examples of the global batch.
 
     That of `kto` couples the batch: z0 is a mean over all of it. `bco` needs the field `delta`, see `make_carry`.
     """
 
+    weight = balance.coefficient(config.router_aux_loss_coef, model)
+
     def read(params: Variables, frozen: Variables, batch: Batch, totals: Totals, key: jax.Array | None):
-        if "ref_logps" not in batch.fields:
-            raise ValueError(
-                "the batch has no ref_logps: fill it with make_reference, or give examples that carry them"
-            )
+        reference = common.ref_logps(batch)
         key = None if config.disable_dropout else key
-        tokens = common.read(model, common.join_variables(params, frozen), batch, key, config.logits_chunk)
+        variables, chunk = common.join_variables(params, frozen), config.logits_chunk
+        tokens = common.read(model, variables, batch, key, chunk, every=COMPLETIONS)
         n = batch.present.shape[0]
         # Differenced per token before summing: the sums are large and nearly equal.
-        ratios = sum_by_completion(tokens.logps - batch.fields["ref_logps"], batch.predictions.completions, n)
+        ratios = sum_by_completion(tokens.logps - reference, batch.predictions.completions, n)
         ratios = _LogRatios(ratios[0::2], ratios[1::2])
-        return ratios, _metrics(config, batch, totals, tokens, ratios)
+        metrics = _metrics(config, batch, totals, tokens, ratios)
+        router, metrics = balance.add(weight, model, batch, tokens.aux, jnp.zeros(()), metrics)
+        return _Read(ratios, router), metrics
 
-    def combine(ratios: _LogRatios, batch: Batch, totals: Totals):
+    def combine(found: _Read, batch: Batch, totals: Totals):
+        ratios = found.ratios
         labels, present = batch.fields["labels"][..., 0::2], batch.present[..., 0::2]
         baseline, metrics = _baseline(config, ratios, batch, totals)
         losses = UNPAIRED_LOSSES[config.loss_type](UnpairedLogps(ratios.own, labels, baseline), beta=config.beta)
         weights = jnp.where(labels > 0, config.desirable_weight, config.undesirable_weight)
-        return jnp.where(present > 0, weights * losses, 0).sum() / jnp.maximum(totals["loss"], 1), metrics
+        value = jnp.where(present > 0, weights * losses, 0).sum() / jnp.maximum(totals["loss"], 1)
+        return value + found.router.sum(), metrics
 
     def loss(params: Variables, frozen: Variables, batch: Batch, totals: Totals, key: jax.Array | None):
-        ratios, metrics = read(params, frozen, batch, totals, key)
-        value, extra = combine(ratios, batch, totals)
+        found, metrics = read(params, frozen, batch, totals, key)
+        value, extra = combine(found, batch, totals)
         return value, {**metrics, **extra}
 
-    return CoupledLoss(read, combine) if borrows(config) else loss
-
-
-def make_reference(config: Config, model: Model) -> Callable[[Variables, Batch], Batch]:
-    """`(variables, batch) -> batch` with `ref_logps`, float32 `[micro, rows, predictions]`."""
-    logps = common.make_logps(model, config.logits_chunk)
-    return lambda variables, batch: replace(batch, fields={**batch.fields, "ref_logps": logps(variables, batch)})
+    whole = CoupledLoss(read, combine) if borrows(config) else loss
+    return balance.couple(weight, model, whole, disable_dropout=config.disable_dropout, every=COMPLETIONS)
 
 
 def carries(config: Config) -> bool:
@@ -280,22 +284,7 @@ def make_carry(config: Config, model: Model) -> Callable[[Variables, Batch, PyTr
     return step
 
 
-def init(
-    config: Config, model: Model, variables: Variables, optimizer: optax.GradientTransformation, key: jax.Array
-) -> tuple[TrainState, Variables]:
-    """The state at step 0 and the frozen variables."""
-    del config
-    return common.start(model, variables, optimizer, key)
-
-
-def make_step(
-    config: Config,
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    learning_rate: Callable[[Array], Array] | None = None,
-) -> Step:
-    """`(state, frozen, batch) -> (state, metrics)`; jit it and donate the state."""
-    return make_training_step(make_loss(config, model), totals, optimizer, learning_rate)
+make_step = common.step_maker(make_loss, totals)
 
 
 def make_batch(config: Config, examples: Sequence[common.Example], **layout: Any) -> Batch:

@@ -73,6 +73,22 @@ def drop_score_head(model: Model, variables: Variables) -> tuple[Model, Variable
     return model.rebuild(config), {**variables, "params": params}
 
 
+def drop_lm_head(model: Model, variables: Variables) -> tuple[Model, Variables]:
+    """The reward or value model of one with both heads.
+
+    Raises:
+      ValueError: there is no score head.
+    """
+    if not model.config.score_head:
+        raise ValueError("this language model has no score head to keep")
+
+    def keep(tree: Any) -> Any:
+        return {name: part for name, part in tree.items() if name != "head"}
+
+    parts = {kind: keep(tree) if kind in ("params", "frozen") else tree for kind, tree in variables.items()}
+    return model.rebuild(replace(model.config, lm_head=False)), parts
+
+
 def score_config(config: ModelConfig, *, keep_lm_head: bool = False, labels: int = 1) -> ModelConfig:
     """The config that `add_score_head` gives a model of this one; errors as there."""
     if config.score_head:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -80,12 +80,13 @@ def chosen_modules(config: ModelConfig, targets: str | Sequence[str]) -> list[Mo
         expression for whole names.
 
     Raises:
-      ValueError: a target that is no linear module of the blocks, or only of some layers.
+      ValueError: a target that is no linear module of the blocks, or only of some layers, or that names experts.
     """
     known = modules(config)
     if isinstance(targets, str) and targets != ALL_LINEAR:
         try:
             picked = [module for module in known if re.fullmatch(targets, module.name)]
+            _check_experts(config, known, targets, re.compile(targets).fullmatch)
         except re.error as error:
             raise ValueError(f"{targets!r} is not a regular expression: {error}") from error
     else:
@@ -268,7 +269,19 @@ def adapters(tree: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...
     return [found for name, part in tree.items() for found in adapters(part, (*path, name))]
 
 
+def _check_experts(config: ModelConfig, known: Sequence[Module], target: str, matches: Callable[[str], object]) -> None:
+    """Raises ValueError where a target names what PEFT would adapt and is frozen here."""
+    sparse = (tensor.name.removesuffix(".weight") for tensor in tensors(config) if "experts" in tensor.path)
+    found = next((name for name in sparse if matches(name)), None)
+    if found is not None:
+        raise ValueError(
+            f"{target!r} names {found}: experts, shared ones too, and routers have no adapter here. Name other modules "
+            f"by their ends ({_suffixes(known)}), or train the experts in full (model.trainable)"
+        )
+
+
 def _check_target(config: ModelConfig, known: Sequence[Module], target: str) -> None:
+    _check_experts(config, known, target, lambda name: _named(name, target))
     if any(_named(module.name, target) for module in known):
         return
     others = {tensor.name.removesuffix(".weight") for tensor in tensors(config)} | {"lm_head", "score"}

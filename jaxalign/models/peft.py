@@ -215,7 +215,10 @@ def to_lora(adapter: Adapter, config: ModelConfig, params: Any) -> tuple[LoraCon
     known = {module.name: module for module in modules(config)}
     strange = [name for name in adapter.pairs if name not in known]
     if strange:
-        raise ValueError(f"{adapter.weights}: {strange[0]} is no linear module of this base's blocks")
+        raise ValueError(
+            f"{adapter.weights}: {strange[0]} is no linear module of this base's blocks that can have an adapter "
+            "(experts and routers have none); merge it first"
+        )
     kinds = {adapter.settings(name) for name in adapter.pairs}
     if len(kinds) != 1:
         raise ValueError(

@@ -21,6 +21,7 @@ from jaxalign.models.identity import adapter_fingerprint
 from jaxalign.run.backend import describe_backend
 from jaxalign.run.bucket import Mirror, export_url, working
 from jaxalign.run.compare import check_prompts, compare
+from jaxalign.run.critic import FOLDER as CRITIC
 from jaxalign.run.evaluate import evaluate_stage
 from jaxalign.run.folder import check_shared, create_folder, find_folder, locked, record_stage, write_text
 from jaxalign.run.inputs import Say
@@ -152,11 +153,13 @@ def check_stages(config: RunConfig) -> None:
 
 
 def resolve_inputs(stage: Stage, policies: Mapping[str, str]) -> Stage:
-    """The stage with `<earlier>.policy` and `<earlier>.reward` replaced by that stage's export."""
+    """The stage with `<earlier>.policy` and `<earlier>.reward` replaced by that stage's export, and its critic's."""
 
     def resolve(value: str) -> str:
         source, _, role = value.rpartition(".")
-        return policies.get(source, value) if role in OUTPUTS else value
+        found = policies.get(source, value) if role in OUTPUTS else value
+        beside = role == "critic" and found.endswith("/export")
+        return found.removesuffix("export") + CRITIC if beside else found
 
     reference, critic = stage.model.reference, stage.model.critic
     model = replace(
@@ -171,7 +174,8 @@ def resolve_inputs(stage: Stage, policies: Mapping[str, str]) -> Stage:
 
 def _lineage(ready: Prepared) -> dict[str, Any]:
     model, lora, report = ready.stage.model, ready.stage.lora, ready.data.report
-    rows = [each.rows for each in (ready.data.train, ready.data.eval) if each is not None]
+    mixed = None if ready.supervised is None else ready.supervised.train
+    rows = [each.rows for each in (ready.data.train, ready.data.eval, mixed) if each is not None]
     return {
         "policy": {"from": model.path, "sha256": models.fingerprint(model.path)},
         "reference": model.reference and {"from": model.reference, "sha256": models.fingerprint(model.reference)},

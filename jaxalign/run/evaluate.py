@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from jaxalign.config import Stage
 from jaxalign.methods import METHODS
 from jaxalign.methods.common import for_evaluation, is_online, make_eval_step, needs_reference, split_variables
 from jaxalign.methods.offline import ExampleList, OfflineSource, make_batches
-from jaxalign.methods.running import with_carry
+from jaxalign.methods.running import carries, with_carry
 from jaxalign.run.inputs import Say, attach_reference, load_policy, load_start
 from jaxalign.run.online import load_scoring, make_judge
 from jaxalign.run.prepare import Prepared, prepare
@@ -25,7 +25,8 @@ from jaxalign.types import Batch, Variables
 def evaluate_stage(stage: Stage, path: str | None, *, say: Say) -> dict[str, float]:
     """Loss and metrics of a stage's method on its evaluation data (else its training data), before any training.
 
-    Of an online method: greedy answers to the prompts, scored by its rewards.
+    Of an online method: greedy answers to the prompts, scored by its rewards. What training carries along from batch to
+    batch (BCO's mean reward) is here that of the policy over the data that are judged.
 
     Args:
       stage: the config, its inputs resolved to paths.
@@ -50,7 +51,9 @@ def evaluate_stage(stage: Stage, path: str | None, *, say: Say) -> dict[str, flo
     # A reward model that was normalised after training has a bias that its start has not.
     bias = models.load_config(path or stage.model.path).score_bias
     ready = replace(ready, model=ready.model.rebuild(replace(ready.model.config, score_bias=bias)))
-    return Interval().add(make_evaluate(ready, lookup, judged, examples.fill)(params, frozen)).values()
+    carry = _carry_over(ready, lookup, judged, examples.fill, policy)
+    evaluate = make_evaluate(ready, lookup, judged, examples.fill, None if carry is None else lambda: carry)
+    return Interval().add(evaluate(params, frozen)).values()
 
 
 def _judged(ready: Prepared, path: str | None, load: Callable[[str], Variables]) -> Variables:
@@ -82,15 +85,43 @@ def make_evaluate(
 
     def evaluate(params: Variables, frozen: Variables) -> dict[str, Any]:
         merged = Interval()
-        batches = make_batches(ready.method, config, examples, ready.layout, lookup=lookup, shuffle=False)
-        source = OfflineSource(batches, ready.mesh, fill)
-        try:
-            for _ in range(len(batches)):
-                now = None if carry is None else carry()
-                batch = with_carry(ready.method, ready.stage.method, source.next(None)[0], now)
-                merged = merged.add(step(params, frozen, batch))
-        finally:
-            source.close()
+        for plain in _batches(ready, config, lookup, examples, fill):
+            now = None if carry is None else carry()
+            batch = with_carry(ready.method, ready.stage.method, plain, now)
+            merged = merged.add(step(params, frozen, batch))
         return dict(merged.parts)
 
     return evaluate
+
+
+def _batches(
+    ready: Prepared,
+    config: Any,
+    lookup: ExampleList,
+    examples: data.Examples,
+    fill: Callable[[Batch], Batch] | None,
+) -> Iterator[Batch]:
+    batches = make_batches(ready.method, config, examples, ready.layout, lookup=lookup, shuffle=False)
+    source = OfflineSource(batches, ready.mesh, fill)
+    try:
+        for _ in range(len(batches)):
+            yield source.next(None)[0]
+    finally:
+        source.close()
+
+
+def _carry_over(
+    ready: Prepared,
+    lookup: ExampleList,
+    examples: data.Examples,
+    fill: Callable[[Batch], Batch] | None,
+    policy: Variables,
+) -> Any:
+    """What a pass over the examples leaves behind, of a policy that stands still; None where nothing is carried."""
+    config = ready.stage.method
+    if not carries(ready.method, config):
+        return None
+    update, carry = jax.jit(ready.method.make_carry(config, ready.model)), ready.method.start_carry(config)
+    for batch in _batches(ready, config, lookup, examples, fill):
+        carry = update(policy, batch, carry)[1]
+    return carry

@@ -160,7 +160,10 @@ def _check_model(text: str, path: str, options: Mapping[str, Any], tokenizer: An
     if not config.score_head:
         raise ValueError(f"--score {path}: a language model; a reward model has a score head instead of an LM head")
     if config.score_labels != 1:
-        raise ValueError(f"--score {path}: a process reward model, which judges steps and no whole text")
+        raise ValueError(
+            f"--score {path}: a process reward model judges the steps of a completion, and only stepwise data say what "
+            "a step is: score them in Python with methods.process_reward.score_steps, or give a model of method reward"
+        )
     check_same_tokenizer(tokenizer, models.load_tokenizer(path))
     if longest > config.max_position:
         raise ValueError(

@@ -20,6 +20,7 @@ from jaxalign.run.adapting import adapt
 from jaxalign.run.inputs import ADAPTER, HEAD, load_start
 from jaxalign.run.prepare import Prepared, resolve_dtype, sampling_config
 from jaxalign.run.scoring import load_functions, reward_names
+from jaxalign.run.supervised import make_supervised
 from jaxalign.sampling import bucket_width
 from jaxalign.training.loop import Evaluate, OnSample
 from jaxalign.types import Experience, Mean, Metrics, PyTree, Variables
@@ -213,6 +214,7 @@ def make_online_source(
         rewards=scoring.names,
         passes=passes,
         width=width,
+        supervised=make_supervised(stage, ready.supervised),
     )
     config = replace(stage.method, reward_weights=weights_of(ready, scoring))
     return OnlineSource(

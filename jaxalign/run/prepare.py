@@ -32,6 +32,7 @@ from jaxalign.models.config import DType
 from jaxalign.models.heads import score_config
 from jaxalign.run.adapting import adapted_config, check_adapting
 from jaxalign.run.scoring import check_rewards, reward_names
+from jaxalign.run.supervised import load_supervised
 from jaxalign.sharding import make_mesh
 from jaxalign.training.metrics import check_writers
 from jaxalign.training.optimizer import make_optimizer
@@ -51,6 +52,7 @@ class Prepared:
       model: the policy's functions.
       layout: of batches.
       num_steps: optimiser steps of the stage.
+      supervised: what is mixed into its batches, see `supervised`.
     """
 
     stage: Stage
@@ -60,6 +62,7 @@ class Prepared:
     model: models.Model
     layout: Layout
     num_steps: int
+    supervised: data.Data | None = None
 
 
 def resolve_dtype(name: str) -> DType:
@@ -90,7 +93,8 @@ def prepare(stage: Stage) -> Prepared:
     for name, each in (("training", found.train), ("evaluation", found.eval)):
         if each is not None:
             check_examples(method, stage.method, each, stage.train.batch_size, name)
-    layout = _layout(stage, [each for each in (found.train, found.eval) if each is not None], config, mesh)
+    mixed = load_supervised(stage, found.tokenizer, config)
+    layout = _layout(stage, [each for each in (found.train, found.eval) if each is not None], config, mesh, mixed)
     model = models.build(
         config,
         param_dtype=stage.model.param_dtype,
@@ -103,7 +107,7 @@ def prepare(stage: Stage) -> Prepared:
         steps = math.ceil(stage.train.num_train_epochs * steps_per_epoch(stage, found.epoch_size))
     make_optimizer(stage.optimizer, steps)
     check_writers(stage.log.report_to)
-    ready = Prepared(stage, method, mesh, found, model, layout, steps)
+    ready = Prepared(stage, method, mesh, found, model, layout, steps, mixed)
     _check_evaluation(ready)
     return ready
 
@@ -170,13 +174,11 @@ def _check_evaluation(ready: Prepared) -> None:
     train, model = ready.stage.train, ready.stage.model
     if model.critic and not has_critic(ready.method):
         raise ValueError(f"model.critic: the method {ready.stage.method_name} has no critic; leave it away")
+    if ready.stage.export.critic and not has_critic(ready.method):
+        raise ValueError(f"export.critic: the method {ready.stage.method_name} has no critic; set it to false")
     if is_online(ready.method):
         sampling_config(ready)
         check_rewards(ready)
-        if getattr(ready.stage.method, "ptx_coef", 0):
-            raise ValueError(
-                "method.ptx_coef: a run has no supervised examples to mix in; it works through ppo.make_batch"
-            )
     if model.reference and not needs_reference(ready.method, ready.stage.method):
         raise ValueError(f"model.reference: the method {ready.stage.method_name} has no reference; leave it away")
     if getattr(ready.stage.method, "sync_ref_model", False) and (ready.stage.lora or model.trainable):
@@ -251,15 +253,18 @@ def check_data(stage: Stage) -> tuple[data.Data, dict[str, float]]:
         return found, {}
     good = _wrapped(stage, replace(found, train=good, eval=None), config).train
     check_examples(method, stage.method, good, stage.train.batch_size, "training")
-    layout = _layout(stage, [good], config, make_mesh(stage.mesh))
+    mixed = load_supervised(stage, found.tokenizer, config)
+    layout = _layout(stage, [good], config, make_mesh(stage.mesh), mixed)
     if is_online(method):
         return found, {"row_length": layout.length}  # what is packed is yet to be drawn
     return found, packing_report(method, stage.method, good, layout)
 
 
-def _layout(stage: Stage, examples: list[data.Examples], config: models.ModelConfig, mesh: Mesh) -> Layout:
+def _layout(
+    stage: Stage, examples: list[data.Examples], config: models.ModelConfig, mesh: Mesh, mixed: data.Data | None
+) -> Layout:
     if is_online(METHODS[stage.method_name]):
-        return online_layout(stage, examples, config, mesh)
+        return online_layout(stage, examples, config, mesh, mixed)
     wrapped = stage.train.packing_strategy == "wrapped"
     layout = make_layout(
         METHODS[stage.method_name],
@@ -310,8 +315,14 @@ def _wrapped(stage: Stage, found: data.Data, config: models.ModelConfig) -> data
     return replace(found, train=train, eval=None if found.eval is None else data.wrap(found.eval, length))
 
 
-def online_layout(stage: Stage, examples: list[data.Examples], config: models.ModelConfig, mesh: Mesh) -> Layout:
-    """Rows that hold whatever completions may come of these prompts.
+def online_layout(
+    stage: Stage,
+    examples: list[data.Examples],
+    config: models.ModelConfig,
+    mesh: Mesh,
+    mixed: data.Data | None = None,
+) -> Layout:
+    """Rows that hold whatever completions may come of these prompts, and any supervised example.
 
     Raises:
       ValueError: a prompt with a completion may not fit the model's context, or a row; or the processes cannot share a
@@ -335,7 +346,10 @@ def online_layout(stage: Stage, examples: list[data.Examples], config: models.Mo
         share_prompt=method.share_prompt,
         multiple=multiple,
     )
+    if mixed is not None:
+        least = max(least, -(-int(mixed.train.lengths["total"].max()) // multiple) * multiple)
     if isinstance(train.row_length, int) and train.row_length < least:
-        raise ValueError(f"train.row_length={train.row_length}, but a prompt with its completions may take {least}")
+        what = "a prompt with its completions" + (", or a text of ptx_data," if mixed is not None else "")
+        raise ValueError(f"train.row_length={train.row_length}, but {what} may take {least}")
     length = least if isinstance(train.row_length, str) else train.row_length
     return Layout(train.batch_size, micro, length, shards, process, processes)

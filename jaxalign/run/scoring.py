@@ -68,7 +68,10 @@ def _check_model(ready: Prepared, path: str, longest: int) -> None:
     check_same_tokenizer(ready.data.tokenizer, models.load_tokenizer(path))
     config = models.load_config(path)
     if config.score_labels != 1:
-        raise ValueError(f"{path} is a process reward model, which judges steps; a reward is one score per completion")
+        raise ValueError(
+            f"{path} is a process reward model, which judges steps; a reward is one score per completion: give a model "
+            "of method reward, or a function that calls methods.process_reward.score_steps"
+        )
     context, steps = config.max_position, ready.stage.method.max_completion_length
     if longest + steps > context:
         raise ValueError(

@@ -19,6 +19,7 @@ from jaxalign.methods.common import is_online, join_variables, split_start
 from jaxalign.models.config import forward_flops, mean_attended
 from jaxalign.run.adapting import describe_training
 from jaxalign.run.bucket import Mirror
+from jaxalign.run.critic import export_critic
 from jaxalign.run.hardware import peak_flops
 from jaxalign.run.inputs import Say
 from jaxalign.run.online import (
@@ -82,6 +83,8 @@ def run_stage(
     title = stage.name or stage.method_name
     for line in ready.data.report.lines():
         say(f"{title}: {line}")
+    for line in ready.supervised.report.lines() if ready.supervised else ():
+        say(f"{title}: ptx_data: {line}")
     if ready.data.removed and ready.data.stream is None:
         write_removed(folder / REMOVED, ready.data.removed)
         say(f"{title}: {len(ready.data.removed)} rows left out are in {folder / REMOVED}")
@@ -94,7 +97,7 @@ def run_stage(
     place = folder / "checkpoints"
     saves = Checkpoints(place, save_total_limit=limit) if mirror is None else mirror.checkpoints(stage.name, limit)
     with saves as checkpoints:
-        result, frozen = _train(ready, folder, checkpoints, say, make_progress, show)
+        result, frozen, trained = _train(ready, folder, checkpoints, say, make_progress, show)
     if result.reason == "terminated":
         say(f"{title}: stopped at step {result.step}, all is saved; the same command continues")
         return StageResult(stage.name, folder, None, result.reason, last_metrics(folder))
@@ -106,6 +109,8 @@ def run_stage(
         models.save_adapter(adapter, model.config, variables, base_model=stage.model.path)
         ready.data.tokenizer.save_pretrained(adapter)
         say(f"{title}: the adapter alone is in {adapter}")
+    if stage.export.critic:
+        say(f"{title}: the critic is in {export_critic(ready, folder, trained, result.state.params, frozen)}")
     models.save(
         export,
         replace(model, config=replace(model.config, eos_ids=ends)),
@@ -115,6 +120,8 @@ def run_stage(
         base_model=stage.model.path,
         method=stage.method_name,
     )
+    if stage.export.critic and mirror is not None:
+        mirror.push()
     given = export if mirror is None else from_first(lambda: mirror.push_export(stage.name))
     return StageResult(stage.name, folder, given, result.reason, last_metrics(folder))
 
@@ -149,8 +156,8 @@ def _train(
     say: Say,
     make_progress: MakeProgress | None,
     show: loop.Show | None,
-) -> tuple[loop.FitResult, Any]:
-    """The result of training, and what was frozen in it."""
+) -> tuple[loop.FitResult, Any, Any]:
+    """The result of training, what was frozen in it, and the model or models."""
     stage = ready.stage
     optimizer, schedule = make_optimizer(stage.optimizer, ready.num_steps)
     key = jax.random.key(stage.train.seed)
@@ -206,7 +213,7 @@ def _train(
             show=show,
             progress=stack.enter_context(progress),
         )
-        return result, frozen
+        return result, frozen, begin.model
 
 
 def _loop_config(ready: Prepared) -> loop.Config:

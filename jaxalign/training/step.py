@@ -23,19 +23,20 @@ class PreparedLoss:
     """A loss that couples the examples of a batch through numbers that depend on the parameters.
 
     Attributes:
-      loss: as any other, on a micro-batch that carries these numbers as fields.
+      loss: as any other, on batches that carry these numbers as fields.
       prepare: `(params, frozen, batch, key) -> batch` with these fields, from a pass over the global batch. It has no
         gradient, and gets the same key as the micro-batches' keys are folded from.
     """
 
-    loss: LossFn
+    loss: LossFn | CoupledLoss
     prepare: Callable[[PyTree, PyTree, Batch, jax.Array | None], Batch]
 
     def __call__(
         self, params: PyTree, frozen: PyTree, batch: Batch, totals: Totals, key: jax.Array | None
     ) -> tuple[jax.Array, Metrics]:
         """The loss of a micro-batch."""
-        return self.loss(params, frozen, batch, totals, key)
+        loss = alone(self.loss) if isinstance(self.loss, CoupledLoss) else self.loss
+        return loss(params, frozen, batch, totals, key)
 
 
 def make_step(
@@ -127,8 +128,7 @@ def evaluate(loss: LossFn | CoupledLoss, totals: TotalsFn, params: PyTree, froze
     """
     counts = totals(batch)
     if isinstance(loss, PreparedLoss):
-        batch = loss.prepare(params, frozen, batch, None)
-
+        batch, loss = loss.prepare(params, frozen, batch, None), loss.loss
     read = loss.read if isinstance(loss, CoupledLoss) else loss
 
     def one(_, micro_batch):

@@ -3,21 +3,44 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxalign.losses import balance_loss
-from jaxalign.methods import balance, preference, sft
-from jaxalign.methods.common import make_eval_step
+from jaxalign.methods import (
+    balance,
+    ppo,
+    preference,
+    process_reward,
+    reference_free,
+    reward,
+    sft,
+    unpaired_preference,
+)
+from jaxalign.methods.common import make_eval_step, needs_reference
+from jaxalign.methods.ppo_models import routers_of
 from jaxalign.models import build
 from jaxalign.packing import Document, pack
 from jaxalign.sharding import MeshConfig, make_mesh
-from jaxalign.training.step import PreparedLoss
-from tests.layouts import SPARSE, ragged_texts, relative, tiny_model
+from jaxalign.training.step import PreparedLoss, accumulate, evaluate
+from jaxalign.types import TokenRows
+from tests.layouts import (
+    SPARSE,
+    ragged_pairs,
+    ragged_rankings,
+    ragged_steps,
+    ragged_texts,
+    ragged_thumbs,
+    relative,
+    tiny_model,
+)
 from tests.methods.test_layouts import assert_same, gradient, run_preference, run_sft
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -138,3 +161,159 @@ def test_evaluation_takes_the_whole_batch(sparse, wanted):
     metrics = jax.jit(make_eval_step(sft, config, sparse[0]))({"params": sparse[1]["params"]}, {}, batch)
     assert metrics["aux_loss"].value() == pytest.approx(float(wanted[1]["aux_loss"][0]), rel=1e-5)
     assert metrics["loss"].value() == pytest.approx(float(wanted[1]["loss"][0]), rel=1e-5)
+
+
+def by_hand(model, variables, sequences) -> float:
+    """The load-balancing loss of sequences that are read one by one, each in a padded row of its own."""
+    width = max(map(len, sequences))
+    ids, mask = (np.zeros((len(sequences), width), np.int32) for _ in range(2))
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)], mask[row, : len(sequence)] = sequence, 1
+    aux = jax.jit(model.apply)(variables, TokenRows.from_padded(ids, mask))[2]
+    per_token = model.config.experts_per_token
+    return float(balance_loss(aux["router_probs"], aux["expert_loads"], experts_per_token=per_token))
+
+
+def read_completions(examples, *names):
+    """Prompt and completion of each; a completion's last token is predicted and not read."""
+    return [np.concatenate([each["prompt_ids"], each[name][:-1]]) for each in examples for name in names]
+
+
+def read_rankings(examples):
+    parts = [np.split(each["completion_ids"], np.cumsum(each["sizes"])[:-1]) for each in examples]
+    return [
+        np.concatenate([each["prompt_ids"], ids])
+        for each, ids_of in zip(examples, parts, strict=True)
+        for ids in ids_of
+    ]
+
+
+def read_steps(examples):
+    """As far as the last step's end."""
+    return [np.concatenate([each["prompt_ids"], each["completion_ids"][: each["ends"][-1] + 1]]) for each in examples]
+
+
+def read_pairs(examples):
+    return read_completions(examples, "chosen_ids", "rejected_ids")
+
+
+ONE_LAYER: dict[str, Any] = SPARSE | {"num_layers": 1, "windows": (9,), "sparse_layers": (True,)}
+SCORER: dict[str, Any] = {"lm_head": False, "score_head": True}
+# Method, settings, heads, examples, and what of them is read: of KTO not the completions of others.
+METHODS = {
+    "kto": (unpaired_preference, {"beta": 0.3}, {}, ragged_thumbs, lambda x: read_completions(x, "completion_ids")),
+    "apo_zero": (
+        unpaired_preference,
+        {"loss_type": "apo_zero_unpaired"},
+        {},
+        ragged_thumbs,
+        lambda x: read_completions(x, "completion_ids"),
+    ),
+    "aot": (preference, {"loss_type": "aot"}, {}, ragged_pairs, read_pairs),
+    "orpo": (reference_free, {"loss_type": "orpo"}, {}, ragged_pairs, read_pairs),
+    "reward": (reward, {}, SCORER, ragged_rankings, read_rankings),
+    "process_reward": (process_reward, {}, SCORER | {"score_labels": 2}, ragged_steps, read_steps),
+}
+
+
+def settle(method, settings, model, variables, examples, **layout):
+    """A config, and its batch with what the reference says."""
+    config = method.Config(**settings)
+    batch = method.make_batch(config, examples, **layout)
+    if needs_reference(method, config):
+        batch = jax.jit(method.make_reference(config, model))(jax.tree.map(lambda x: x * 0.97, variables), batch)
+    return config, batch
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_it(name):
+    """In an uneven split, as of sequences that are read one by one; the loss is its share more."""
+    method, settings, heads, make, read = METHODS[name]
+    model, variables = tiny_model(**ONE_LAYER, **heads)
+    examples, found = make(COUNT), {}
+    for given in (None, 0.0):
+        known = {**settings, "router_aux_loss_coef": given}
+        config, batch = settle(method, known, model, variables, examples, **UNEVEN)
+        found[given] = jax.jit(make_eval_step(method, config, model))(variables, {}, batch)
+    aux = found[None]["aux_loss"].value()
+    assert aux == pytest.approx(by_hand(model, variables, read(examples)), rel=1e-5)
+    assert found[None]["loss"].value() == pytest.approx(found[0.0]["loss"].value() + 0.1 * aux, rel=1e-5)
+    assert "aux_loss" not in found[0.0]
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef=0\.1, but the model has no experts"):
+        method.make_loss(method.Config(**settings, router_aux_loss_coef=0.1), tiny_model(num_layers=1, windows=(9,))[0])
+
+
+@pytest.mark.parametrize("name", ["kto", "aot"])
+def test_losses_that_couple_the_batch_have_its_gradient(name):
+    """It goes through both passes: the same in any split, and linear in the coefficient."""
+    method, settings, _, make, _ = METHODS[name]
+    model, variables = tiny_model(**ONE_LAYER)
+
+    def run(coefficient, share, **layout):
+        known = {**settings, "router_aux_loss_coef": coefficient, "share_prompt": share}
+        config, batch = settle(method, known, model, variables, make(COUNT), **layout)
+        return gradient(method, config, model, variables, batch)[0]
+
+    whole = run(0.3, True, micro_batch_size=8)
+    assert relative(run(0.3, False, **UNEVEN), whole) <= 1e-5 < 1e-3 < relative(run(0.0, True, **UNEVEN), whole)
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_policy_and_critic_of_ppo(critic):
+    """Each has its own; a shared one is the policy's. A dense critic beside a sparse policy has none."""
+    config = ppo.Config(critic=critic, num_ppo_epochs=1)
+    model, variables = tiny_model(**ONE_LAYER)
+    other = tiny_model(5, **ONE_LAYER | {"router_aux_loss_coef": 0.3}, **SCORER) if critic == "separate" else None
+    models, by_role = ppo.add_critic(config, model, variables, jax.random.key(1), start=other)
+    state, frozen = ppo.init(config, models, by_role, optax.sgd(0.1), jax.random.key(2))
+    rng, pairs = np.random.default_rng(0), ragged_pairs(COUNT)
+    groups = [
+        {
+            "prompt_ids": pair["prompt_ids"],
+            "completion_ids": (ids := [pair["chosen_ids"], pair["rejected_ids"]]),
+            **{name: [rng.normal(size=len(each)) for each in ids] for name in ("advantages", "returns", "values")},
+        }
+        for pair in pairs
+    ]
+
+    def run(coefficient, compute, **layout):
+        known = replace(config, router_aux_loss_coef=coefficient)
+        batch = ppo.make_batch(known, groups, **layout)
+        return jax.jit(lambda params: compute(ppo.make_loss(known, models), params, batch))(state.params)
+
+    def judge(loss, params, batch):
+        return evaluate(loss, ppo.totals, params, frozen, batch)
+
+    found, off = run(None, judge, **UNEVEN), run(0.0, judge)
+    terms = {"aux_loss": (0.1, by_hand(model, variables, read_pairs(pairs)))}
+    if other is not None:
+        terms["critic/aux_loss"] = (0.3, by_hand(*other, read_pairs(pairs)))
+    assert {name for name in found if "aux_loss" in name} == terms.keys()
+    for name, (_, value) in terms.items():
+        assert found[name].value() == pytest.approx(value, rel=1e-5)
+    added = sum(weight * value for weight, value in terms.values())
+    assert found["loss"].value() == pytest.approx(off["loss"].value() + added, rel=1e-5)
+    dense = ppo.Models(model, tiny_model(num_layers=1, windows=(9,), **SCORER)[0])
+    assert [each.name for each in routers_of(replace(config, critic="separate"), dense)] == ["aux_loss"]
+    if other is not None:
+
+        def grads(loss, params, batch):
+            return accumulate(loss, ppo.totals(batch), params, frozen, batch, jax.random.key(0))[0]
+
+        assert relative(run(None, grads, **UNEVEN), run(None, grads)) <= 1e-5
+
+
+def test_noise_on_the_embeddings_changes_the_loads_of_all_micro_batches():
+    """They are counted with NEFTune's noise too, so that a split changes nothing under it either."""
+    model, variables = tiny_model(**ONE_LAYER)
+    config = sft.Config(neftune_noise_alpha=20.0)
+    optimizer = optax.sgd(1.0)
+
+    def step(**layout):
+        batch = sft.make_batch(config, ragged_texts(COUNT), **layout)
+        state, frozen = sft.init(config, model, variables, optimizer, jax.random.key(0))
+        return jax.jit(sft.make_step(config, model, optimizer))(state, frozen, batch)[1]
+
+    whole, split = step(micro_batch_size=8), step(**UNEVEN)
+    assert split["aux_loss"].value() == pytest.approx(whole["aux_loss"].value(), rel=1e-5)
+    assert split["loss"].value() == pytest.approx(whole["loss"].value(), rel=1e-5)

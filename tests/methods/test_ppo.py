@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from jaxalign.methods import ppo, sft
+from jaxalign.methods.mixing import Order, Supervised
 from jaxalign.methods.offline import Layout
 from jaxalign.methods.online import OnlineSource, Parts
 from jaxalign.methods.ppo_estimate import shape_scores
@@ -529,8 +530,8 @@ def test_where_a_critic_comes_from():
         ppo.add_critic(config, *policy, KEY, start=tiny_model(5, vocab_size=33, **SMALL))
 
 
-def make_source(config, models, frozen):
-    """A source whose completions are drawn from the key alone and scored by their length."""
+def make_source(config, models, frozen, texts=()):
+    """A source whose completions are drawn from the key alone and scored by their length; perhaps with texts."""
 
     def draw(variables, prompts, key):
         seed = int(jax.random.randint(key, (), 0, 2**30))
@@ -546,17 +547,60 @@ def make_source(config, models, frozen):
     assert passes.keys() == ppo.passes(config, narrow=False).keys()
     prompts = [{"prompt_ids": pair["prompt_ids"]} for pair in ragged_pairs(5, prompt=WIDTH)]
     parts = Parts(prompts, draw, partial(ppo.policy_of, frozen=frozen), score, ("length",), passes, WIDTH)
+    if texts:
+        parts = replace(parts, supervised=Supervised(texts, Order(len(texts), seed=3), config.ptx_per_prompt))
     layout = Layout(batch_size=3, micro_batch_size=2, length=64)
     return OnlineSource(ppo, config, parts, layout, one_device(), key=KEY)
 
 
+def test_a_source_mixes_texts_into_its_batches():
+    """Loss and gradient are those of the rollout alone plus `ptx_coef` times those of SFT on the texts that are due.
+
+    5 texts, 2 per prompt: each batch of 3 prompts in 2 micro-batches takes 6 of them, so that the second begins in the
+    second pass, in another order.
+    """
+    config = ppo.Config(ptx_coef=0.7, ptx_per_prompt=2, num_mini_batches=2, num_ppo_epochs=1, kl_coef=0.0)
+    models, state, frozen = make_models()
+    texts = ragged_texts(5, longest=50)
+    source, plain = (make_source(config, models, frozen, given) for given in (texts, ()))
+    passes = [np.random.default_rng([3, epoch]).permutation(5) for epoch in range(3)]
+    due = np.concatenate(passes)[:12].reshape(2, 6)
+    assert sorted(passes[1]) == list(range(5)) and not np.array_equal(passes[0], passes[1])
+
+    def compute(loss, totals, params, frozen, batch):
+        return jax.jit(lambda params: accumulate(loss, totals(batch), params, frozen, batch, KEY))(params)
+
+    tokens = 0
+    for numbers in due:
+        (mixed, metrics), (alone, others) = source.next(state), plain.next(state)
+        own = [texts[i] for i in numbers]
+        tokens += sum(len(text["input_ids"]) for text in own)
+        before = others["num_tokens"]
+        assert isinstance(before, int)
+        assert metrics["num_tokens"] == before + tokens and metrics["epoch"] == others["epoch"]
+        grads, found = compute(ppo.make_loss(config, models), ppo.totals, state.params, frozen, mixed)
+        without = ppo.make_loss(replace(config, ptx_coef=0.0), models)
+        wanted, base = compute(without, ppo.totals, state.params, frozen, alone)
+        batch = sft.make_batch(sft.Config(), own)
+        loss = sft.make_loss(sft.Config(), models.policy)
+        supervised, nll = compute(loss, sft.totals, state.params["policy"], frozen["policy"], batch)
+        wanted["policy"] = jax.tree.map(lambda a, b: a + 0.7 * b, wanted["policy"], supervised)
+        assert relative(grads, wanted) <= 1e-5
+        assert found["loss/ptx_avg"].value() == pytest.approx(nll["loss"].value(), rel=1e-5)
+        assert found["loss"].value() == pytest.approx(base["loss"].value() + 0.7 * nll["loss"].value(), rel=1e-5)
+
+
 def test_a_resumed_source_goes_on_bit_for_bit():
-    """Stopped in the middle of the second rollout's second epoch, with a moving KL coefficient and running moments."""
+    """Stopped in the middle of the second rollout's second epoch, with a moving KL coefficient and running moments.
+
+    And with texts, of which 3 are in every batch: after 7 batches the fourth pass over 6 of them is half done.
+    """
     config = ppo.Config(
-        num_mini_batches=2, num_ppo_epochs=2, kl_target=3.0, kl_horizon=50.0, normalize_scores="running"
+        num_mini_batches=2, num_ppo_epochs=2, kl_target=3.0, kl_horizon=50.0, normalize_scores="running", ptx_coef=0.5
     )
     models, state, frozen = make_models()
-    source = make_source(config, models, frozen)
+    texts = ragged_texts(6)
+    source = make_source(config, models, frozen, texts)
     coefs, wanted = [], []
     for update in range(14):
         if update == 7:
@@ -566,8 +610,9 @@ def test_a_resumed_source_goes_on_bit_for_bit():
         coef = metrics.get("objective/kl_coef")
         coefs += [coef.value()] if isinstance(coef, Mean) else []
     assert len(set(coefs)) == len(coefs) == 4
-    resumed = make_source(config, models, frozen)
+    resumed = make_source(config, models, frozen, texts)
     resumed.restore(saved)
+    assert saved["progress"]["supervised"] == 21
     for batch, metrics in wanted[7:]:
         other, values = resumed.next(state)
         assert all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, b), other, batch)))

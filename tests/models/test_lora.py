@@ -259,6 +259,23 @@ def test_other_targets_are_refused_by_name(targets, message):
         models.add_lora(*family("llama3"), LoraConfig(target_modules=targets), KEY)
 
 
+@pytest.mark.parametrize(
+    ("name", "targets", "found"),
+    [
+        ("qwen3_moe", ("gate_proj",), "model.layers.1.mlp.experts.0.gate_proj"),
+        ("qwen3_moe", r".*\.gate", "model.layers.1.mlp.gate"),
+        ("qwen2_moe", ("shared_expert.up_proj",), "model.layers.1.mlp.shared_expert.up_proj"),
+        ("mixtral", ("q_proj", "w1"), "model.layers.0.block_sparse_moe.experts.0.w1"),
+    ],
+)
+def test_targets_that_name_experts_are_refused(name, targets, found):
+    """PEFT would adapt them; the whole end of a dense layer's name is no expert's."""
+    with pytest.raises(ValueError, match=rf"names {re.escape(found)}: experts, shared ones too"):
+        chosen_modules(from_hf(CONFIGS[name]), targets)
+    dense = [module.name for module in chosen_modules(from_hf(CONFIGS["qwen3_moe"]), ("mlp.gate_proj",))]
+    assert dense == ["model.layers.0.mlp.gate_proj"]
+
+
 def test_an_adapter_is_not_ignored():
     model, variables = small()
     new, begun = models.add_lora(model, variables, CONFIG, KEY)

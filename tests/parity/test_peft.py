@@ -29,6 +29,8 @@ CASES = {
     "llama3": ("all-linear", {}),
     "qwen2": (["q_proj", "v_proj", "down_proj"], {"use_rslora": True}),
     "gpt2": (["c_attn", "mlp.c_proj"], {}),
+    # Experts have no adapter: attention, and the one dense layer.
+    "qwen3_moe": (["q_proj", "o_proj", "mlp.down_proj"], {}),
 }
 
 
@@ -93,6 +95,21 @@ def test_pefts_folder_here(name, tmp_path):
     np.testing.assert_allclose(ours(merged, variables), wanted, atol=TOLERANCE)
     model, variables = models.load_adapter(tmp_path / "adapter", *models.load(folder))
     np.testing.assert_allclose(ours(model, variables), wanted, atol=TOLERANCE)
+
+
+def test_a_folder_with_shared_experts_is_merged(tmp_path):
+    """PEFT adapts the linear modules of shared experts too: they are merged while read, and do not train on."""
+    folder, plain = base(tmp_path, "qwen2_moe")
+    names = ["q_proj", "shared_expert.gate_proj", "shared_expert.down_proj"]
+    adapted = peft.get_peft_model(plain, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=names))
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    np.testing.assert_allclose(ours(*models.load(tmp_path / "adapter")), theirs(adapted), atol=TOLERANCE)
+    with pytest.raises(ValueError, match=r"shared_expert\.\w+_proj is no linear module .* merge it first"):
+        models.load_adapter(tmp_path / "adapter", *models.load(folder))
 
 
 def test_gradients_are_pefts(tmp_path):

@@ -62,6 +62,16 @@ def prompts(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def texts(tmp_path_factory) -> Path:
+    """11 plain texts of ragged lengths."""
+    rng = np.random.default_rng(2)
+    rows = [{"text": " ".join(rng.choice(TEXT.split(), rng.integers(2, 14)))} for _ in range(11)]
+    path = tmp_path_factory.mktemp("data") / "texts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
 def functions(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("rewards") / "own.py"
     path.write_text(REWARDS)
@@ -213,10 +223,13 @@ BUFFERS = {
         pytest.param("ppo", 3, marks=pytest.mark.slow),
     ],
 )
-def test_killed_in_the_middle_of_a_rollout_buffer(method, times, online, write_config, cli):
+def test_killed_in_the_middle_of_a_rollout_buffer(method, times, online, texts, write_config, cli):
     online["method"] = {"name": method, "max_completion_length": 8, **BUFFERS[method]}
     online["train"] |= {"max_steps": 40, "eval_steps": 20}
     online["log"] |= {"sample_steps": 5}
+    if method == "ppo":
+        online["method"] |= {"ptx_coef": 0.5}
+        online["ptx_data"] = {"path": str(texts), "max_length": 64}
     config, runs = write_config(online), Path(online["runs_dir"])
     finish(cli("run", config, "name=whole"))
     folder, chance, kills = runs / "killed", random.Random(method), 0
@@ -236,6 +249,7 @@ def test_killed_in_the_middle_of_a_rollout_buffer(method, times, online, write_c
     assert "continuing after step" in finish(cli("run", config, "name=killed"))
     if method == "ppo":
         assert len({line["objective/kl_coef"] for line in lines(folder) if "objective/kl_coef" in line}) > 5
+        assert all("loss/ptx_avg" in line for line in lines(folder) if "loss" in line)
     assert lines(folder) == lines(runs / "whole")
     assert (folder / "samples.jsonl").read_bytes() == (runs / "whole" / "samples.jsonl").read_bytes()
     assert weights(folder) == weights(runs / "whole")
@@ -405,3 +419,85 @@ def test_other_commands(online, write_config, tmp_path, monkeypatch):
     command("eval", config, "--output", metrics)
     found = json.loads(metrics.read_text())
     assert {"reward", "rewards/tenths/mean", "rewards/some/mean", "completions/clipped_ratio"} <= found.keys()
+
+
+SMALL_PPO: dict[str, Any] = {"name": "ppo", "num_ppo_epochs": 1, "max_completion_length": 4, "kl_coef": 0.0}
+
+
+def test_a_critic_goes_on_in_a_later_stage(online, texts, monkeypatch):
+    """It is written in full, and the values of the later stage's first rollout are its own."""
+    held, export = [], stage_module.export_critic
+
+    def held_up(ready, folder, trained, params, frozen):
+        held.append(ready.method.value_of(params, frozen))
+        return export(ready, folder, trained, params, frozen)
+
+    monkeypatch.setattr(stage_module, "export_critic", held_up)
+    online["method"] = SMALL_PPO | {"ptx_coef": 0.5, "ptx_per_prompt": 2}
+    online["ptx_data"] = {"path": str(texts), "max_length": 64}
+    online["data"] |= {"eval_ratio": None}
+    online["train"] = {"batch_size": 2, "micro_batch_size": 1, "max_steps": 1}
+    online["log"] = {"logging_steps": 1}
+    online["export"] = {"critic": True}
+    first, second = {"name": "first"}, {"name": "second", "model": {"path": "first.policy", "critic": "first.critic"}}
+    second |= {"method": {"ptx_coef": 0.0, "ptx_per_prompt": 1}, "ptx_data": None, "export": {"critic": False}}
+    result = start(online | {"stages": [first, second]})
+    folder = result.folder / "first" / "critic"
+    architecture = json.loads((folder / "config.json").read_text())["architectures"]
+    model, variables = models.load(folder)
+    assert architecture == ["LlamaForSequenceClassification"] and model.config.score_labels == 1
+    jax.tree.map(np.testing.assert_array_equal, variables, held[0])
+    before, after = (records(result.folder / name)[0] for name in ("first", "second"))
+    assert before["critic/values/max"] == 0 != after["critic/values/max"]
+    assert before["loss/ptx_avg"] > 0 and "loss/ptx_avg" not in after
+    manifest = json.loads((result.folder / "manifest.json").read_text())
+    assert str(texts) in json.dumps(manifest) and len(held) == 1 and not (result.folder / "second" / "critic").exists()
+
+
+def test_a_shared_critic_takes_the_blocks_along(online):
+    """With an adapter, merged: its blocks are those of the exported policy, and the head is its own."""
+    online["method"] = SMALL_PPO | {"critic": "shared"}
+    online["data"] |= {"eval_ratio": None}
+    online["train"] = {"batch_size": 2, "max_steps": 1}
+    online["lora"] = {"r": 2}
+    online["export"] = {"critic": True}
+    online["log"] = {"logging_steps": 1}
+    result = start(online)
+    critic, policy = (models.load(result.folder / name)[1]["params"] for name in ("critic", "export"))
+    assert np.abs(critic.pop("score")["kernel"]).max() > 0
+    jax.tree.map(np.testing.assert_array_equal, critic, policy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": SMALL_PPO | {"ptx_coef": 0.5}}, r"method\.ptx_coef=0\.5 needs .*: give the section ptx_data"),
+        ({"method": SMALL_PPO, "ptx_data": {}}, r"ptx_data: method\.ptx_coef is 0, so nothing"),
+        ({"ptx_data": {}}, r"ptx_data: grpo mixes no supervised examples in"),
+        ({"ptx_data": {"eval_ratio": 0.1}}, r"ptx_data\.eval_ratio: a run is evaluated on data\.eval_ratio"),
+        ({"ptx_data": {"max_length": 4000}}, r"ptx_data\.max_length=4000 exceeds the model's context of 256"),
+        ({"ptx_data": {"max_length": 20}}, r"(?s)ptx_data: .*ptx_data\.on_bad=drop leaves.*texts\.jsonl:\d+: "),
+        (
+            {"ptx_data": {"max_length": 250}, "train": {"row_length": 64}},
+            r"train\.row_length=64, .* or a text of ptx_data, may take \d+",
+        ),
+        ({"method": SMALL_PPO | {"ptx_per_prompt": 3}}, r"method: ptx_per_prompt=3 is read only with ptx_coef above 0"),
+        ({"export": {"critic": True}}, r"export\.critic: the method grpo has no critic"),
+    ],
+)
+def test_mistakes_with_supervised_examples_and_critics(online, texts, tmp_path, changes, message):
+    if "ptx_data" in changes:
+        path = tmp_path / "texts.jsonl"
+        path.write_text(texts.read_text() + json.dumps({"text": TEXT * 3}) + "\n")
+        changes = {**changes, "ptx_data": {"path": str(path), **changes["ptx_data"]}}
+        if changes["ptx_data"].keys() != {"path"}:
+            changes["method"] = SMALL_PPO | {"ptx_coef": 0.5}
+    with pytest.raises(ValueError, match=message):
+        start({**online, **changes, "train": online["train"] | changes.get("train", {})})
+    assert not Path(online["runs_dir"]).exists()
+
+
+def test_the_critic_of_an_earlier_stage_has_to_be_there(online):
+    named = {"name": "second", "model": {"critic": "first.critic"}}
+    with pytest.raises(ValueError, match=r"model\.critic: 'first\.critic' is not written: set stages\.first\.export"):
+        parse_config(online | {"method": SMALL_PPO, "stages": [{"name": "first"}, named]})

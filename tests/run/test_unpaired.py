@@ -8,7 +8,7 @@ import pytest
 
 from jaxalign import models
 from jaxalign.config import parse_config
-from jaxalign.run import check_data, evaluate_stage, pick_stage, run
+from jaxalign.run import check_data, evaluate_stage, pick_stage, prepare, run
 from jaxalign.training.loop import TIMINGS
 from tests.run.conftest import TEXT
 from tests.run.test_run import COMMON, lines
@@ -76,8 +76,12 @@ def test_from_thumbs_to_a_policy_and_on_from_a_checkpoint(unpaired, method):
     judged = evaluate_stage(stage, str(folder / "export"), say=lambda line: None)
     last = [line for line in found if "eval_loss" in line][-1]
     assert judged["rewards/margins"] == pytest.approx(last["eval_rewards/margins"], rel=1e-3)
-    if method == "bco":  # the running mean belongs to the training, not to the model
-        assert judged["delta"] == 0 != last["eval_delta"]
+    if method == "bco":  # the mean reward over what is judged, not the running one of the training
+        held_out = prepare(stage).data.eval
+        assert held_out is not None
+        mean = np.where(held_out.labels, judged["rewards/chosen"], judged["rewards/rejected"]).mean()
+        assert judged["delta"] == pytest.approx(mean, rel=1e-4) and judged["delta"] != last["eval_delta"]
+        assert judged["loss"] != pytest.approx(last["eval_loss"], rel=1e-4)
     else:
         assert judged["loss"] == pytest.approx(last["eval_loss"], rel=1e-3)
 

@@ -30,7 +30,7 @@ SHAPES = {
         "vocab_size": 512,
         "hidden_size": 64,
         "intermediate_size": 160,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "bos_token_id": 1,

@@ -27,13 +27,13 @@ def scripts(monkeypatch):
 
 
 def test_counts_by_hand(scripts):
-    """2 layers: 64 × 16 × (2 × 4 + 2 × 2) + 3 × 64 × 160 = 43,008 weights each; 4 heads of 16; a head of 512 × 64."""
+    """One layer of 64 × 16 × (2 × 4 + 2 × 2) + 3 × 64 × 160 = 43,008 weights; 4 heads of 16; a head of 512 × 64."""
     gpu, cases, *_ = scripts
     work = cases.WORK["tiny"]
-    # 95 tokens of each of 4 documents: 2 × 86,016 × 95 + 4 × 2 × 4 × 16 × 95 × 96 / 2 + 2 × 512 × 64 × 95, three times.
-    assert gpu.counts("tiny", "sft", work) == (4, 380, 12 * (16_343_040 + 2_334_720 + 6_225_920), 0)
-    # 15 steps read 118,784 weights and, of 4 slots, 15 × 32 + (1 + ... + 15) keys and values of 2 × 2 × 2 × 16 numbers.
-    assert gpu.counts("tiny", "decode", work).moved == 2 * (15 * 118_784 + 4 * (480 + 120) * 128)
+    # 95 tokens of each of 4 documents: 2 × 43,008 × 95 + 4 × 4 × 16 × 95 × 96 / 2 + 2 × 512 × 64 × 95, three times.
+    assert gpu.counts("tiny", "sft", work) == (4, 380, 12 * (8_171_520 + 1_167_360 + 6_225_920), 0)
+    # 15 steps read 75,776 weights and, of 4 slots, 15 × 32 + (1 + ... + 15) keys and values of 2 × 2 × 16 numbers.
+    assert gpu.counts("tiny", "decode", work).moved == 2 * (15 * 75_776 + 4 * (480 + 120) * 64)
     assert gpu.counts("tiny", "decode", work).tokens == 60
 
 

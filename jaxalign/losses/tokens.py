@@ -8,8 +8,14 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxalign.types import Array, Predictions
+
+# What the backward pass of a chunk does not compute again.
+KEPT = "head_sums"
+# Logits of all predictions that take no more than this are kept for the backward pass.
+KEPT_BYTES = 2**24
 
 
 class TokenStatistics(NamedTuple):
@@ -40,26 +46,31 @@ def gather_sources(hidden: Array, predictions: Predictions) -> jax.Array:
     return jnp.take_along_axis(hidden, predictions.sources[..., None], axis=1)
 
 
-def map_chunks(function: Callable, inputs, *, chunk: int):
-    """Maps over chunks of predictions, each under `jax.checkpoint`.
+def map_chunks(function: Callable, inputs, *, chunk: int, keep: bool = False):
+    """Maps over chunks of predictions, each under `jax.checkpoint` that keeps what is named `KEPT`.
 
     Args:
       function: pytree of `[rows, chunk, ...]` -> pytree of `[rows, chunk]`.
       inputs: pytree of `[rows, predictions, ...]`.
-      chunk: predictions per row and chunk; the last chunk is padded with zeros.
+      chunk: most predictions per row and chunk; chunks are made equal, the last is padded with zeros.
+      keep: take all predictions at once, and keep what their gradient needs.
 
     Returns:
       `[rows, predictions]` leaves. Rows stay a batch axis, so a sharded batch needs no collective here.
     """
+    if keep:
+        return function(inputs)
     rows, size = jax.tree.leaves(inputs)[0].shape[:2]
-    chunk = min(chunk, size)
-    count = -(-size // chunk)
+    count = -(-size // min(chunk, size))
+    chunk = -(-size // count)
 
     def split(x):
         padded = jnp.pad(x, [(0, 0), (0, count * chunk - size)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(padded.reshape(rows, count, chunk, *x.shape[2:]), 1, 0)
 
-    _, mapped = jax.lax.scan(lambda _, part: (None, jax.checkpoint(function)(part)), None, jax.tree.map(split, inputs))
+    policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+    one = jax.checkpoint(function, policy=policy, prevent_cse=False)
+    _, mapped = jax.lax.scan(lambda _, part: (None, one(part)), None, jax.tree.map(split, inputs))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, count * chunk)[:, :size], mapped)
 
 
@@ -80,30 +91,67 @@ def token_statistics(
       hidden: `[rows, length, embed]`.
       predictions: what is asked; padding gives finite numbers that nobody may read.
       temperature: divides the logits, save for `mean_logits`.
-      chunk: predictions per row whose logits exist at once.
+      chunk: predictions per row whose logits exist at once, save where those of all take at most `KEPT_BYTES`.
       entropy_gradient: let gradients flow through the entropy, for a loss that it is a term of.
       square_sums: fill `log_square_sums`.
     """
 
+    options = (temperature, entropy_gradient, square_sums)
+
     def statistics(part):
         states, targets = part
-        raw = logits(states)
-        most = jax.lax.stop_gradient(raw.max(-1))
-        chosen = jnp.take_along_axis(raw, targets[..., None], axis=-1)[..., 0]
-        # One pass of exp serves the log-sum, its gradient and the entropy.
-        shifted, taken = (raw - most[..., None]) / temperature, (chosen - most) / temperature
-        exps = jnp.exp(shifted)
-        total = exps.sum(-1)
-        log_sum = jnp.log(total)
-        entropy = log_sum - (exps * shifted).sum(-1) / total
-        entropy = entropy if entropy_gradient else jax.lax.stop_gradient(entropy)
-        hits = jax.lax.stop_gradient(chosen >= most).astype(jnp.float32)
-        mean_logits = jax.lax.stop_gradient(raw).mean(-1)
-        mean_logps = shifted.mean(-1) - log_sum
-        squares = jax.lax.stop_gradient(jnp.log((exps**2).sum(-1)) - 2 * log_sum) if square_sums else None
-        return TokenStatistics(taken - log_sum, entropy, hits, mean_logits, mean_logps, squares)
+        return _statistics(logits(states), targets, options)
 
-    return map_chunks(statistics, (gather_sources(hidden, predictions), predictions.targets), chunk=chunk)
+    states = gather_sources(hidden, predictions)
+    kept = jax.eval_shape(logits, states)
+    keep = kept.size * kept.dtype.itemsize <= KEPT_BYTES
+    return map_chunks(statistics, (states, predictions.targets), chunk=chunk, keep=keep)
+
+
+Options = tuple[float, bool, bool]  # temperature, entropy_gradient, square_sums
+
+
+def _forward(raw: Array, targets: Array, options: Options):
+    temperature, _, square_sums = options
+    most = raw.max(-1)
+    chosen = jnp.take_along_axis(raw, targets[..., None], axis=-1)[..., 0]
+    shifted = (raw - most[..., None]) / temperature
+    exps = jnp.exp(shifted)
+    total = exps.sum(-1)
+    log_sum = jnp.log(total)
+    mean_logits = raw.mean(-1)
+    found = TokenStatistics(
+        logps=(chosen - most) / temperature - log_sum,
+        entropy=log_sum - (exps * shifted).sum(-1) / total,
+        hits=(chosen >= most).astype(jnp.float32),
+        mean_logits=mean_logits,
+        mean_logps=(mean_logits - most) / temperature - log_sum,
+        log_square_sums=jnp.log((exps**2).sum(-1)) - 2 * log_sum if square_sums else None,
+    )
+    # Three numbers per prediction: with them the backward pass computes the logits again, but none of their sums.
+    most, log_sum, entropy = (checkpoint_name(x, KEPT) for x in (most, log_sum, found.entropy))
+    return found, (raw, targets, most, log_sum, entropy)
+
+
+def _backward(options: Options, saved, grads: TokenStatistics):
+    """`d log p_t / d x_v = ([v = t] - p_v) / T` and `dH / d x_v = -p_v (log p_v + H) / T` of logits x, in one pass."""
+    temperature, entropy_gradient, _ = options
+    raw, targets, most, log_sum, entropy = saved
+    log_probs = (raw - most[..., None]) / temperature - log_sum[..., None]
+    slopes = (grads.logps + grads.mean_logps)[..., None]
+    if entropy_gradient:
+        slopes = slopes + grads.entropy[..., None] * (log_probs + entropy[..., None])
+    taken = jnp.arange(raw.shape[-1]).reshape((1,) * targets.ndim + (-1,)) == targets[..., None]
+    direct = jnp.where(taken, grads.logps[..., None], 0) + grads.mean_logps[..., None] / raw.shape[-1]
+    return (direct - jnp.exp(log_probs) * slopes) / temperature, None
+
+
+def _forward_alone(raw: Array, targets: Array, options: Options) -> TokenStatistics:
+    return _forward(raw, targets, options)[0]
+
+
+_statistics = jax.custom_vjp(_forward_alone, nondiff_argnums=(2,))
+_statistics.defvjp(_forward, _backward)
 
 
 def token_logps(

@@ -24,8 +24,8 @@ TPUS = {
 }
 DISPLAY = ("0x0300", "0x0302", "0x0380", "0x1200")  # PCI classes of graphics cards and processing accelerators
 NVIDIA_FILES = ("dev/nvidia0", "dev/nvidiactl", "dev/dxg")
-CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
-OLDEST_DRIVER = 525  # that CUDA 12 runs with
+PLUGINS = {"cuda12": "jax_cuda12_plugin", "cuda13": "jax_cuda13_plugin", "tpu": "libtpu"}
+OLDEST_DRIVERS = {"cuda12": 525, "cuda13": 580}  # that this CUDA runs with
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Machine:
       tpus: TPU chips.
       tpu: their generation, or what else shows a TPU; empty without one.
       amd: GPUs of AMD.
-      plugins: which of jax's plugins are installed: `cuda`, `tpu`.
+      plugins: which of jax's plugins are installed, keys of `PLUGINS`.
     """
 
     nvidia: str = ""
@@ -63,17 +63,13 @@ def probe(root: Path = Path("/"), environment: Mapping[str, str] | None = None) 
     name, driver = _nvidia_smi(environment)
     files = next((f"/{file}" for file in NVIDIA_FILES if (root / file).exists()), "")
     cards = [vendor for vendor, _, kind in found if kind.startswith(DISPLAY)]
-    plugins = {
-        "cuda": any(importlib.util.find_spec(each) for each in CUDA_PLUGINS),
-        "tpu": importlib.util.find_spec("libtpu") is not None,
-    }
     return Machine(
         nvidia=name or files or ("a PCI device" if NVIDIA in cards else ""),
         driver=driver,
         tpus=len(chips),
         tpu=tpu,
         amd=cards.count(AMD),
-        plugins=tuple(each for each, there in plugins.items() if there),
+        plugins=tuple(each for each, module in PLUGINS.items() if importlib.util.find_spec(module)),
     )
 
 
@@ -125,15 +121,16 @@ def _why_cpu(machine: Machine) -> str:
             "time; `sudo lsof /dev/accel* /dev/vfio/*` shows it), or libtpu is too old: pip install -U 'jaxalign[tpu]'"
         )
     if machine.nvidia:
-        if "cuda" not in machine.plugins:
+        cudas = [each for each in OLDEST_DRIVERS if each in machine.plugins]
+        if not cudas:
             return f"there is {_accelerator(machine)}, but not jax's CUDA plugin: pip install 'jaxalign[cuda]'"
         if machine.driver is None:
             return (
                 f"there is {_accelerator(machine)} and jax's CUDA plugin, but nvidia-smi does not answer: install or "
                 "load the NVIDIA driver; in a container, start it with the GPU (docker run --gpus all)"
             )
-        if _major(machine.driver) < OLDEST_DRIVER:
-            return f"the NVIDIA driver {machine.driver} is too old for CUDA 12: install {OLDEST_DRIVER} or later"
+        if all(_major(machine.driver) < OLDEST_DRIVERS[each] for each in cudas):
+            return _too_old(machine.driver, cudas[0])
         return (
             f"there is {_accelerator(machine)} and jax's CUDA plugin, but it did not start: see the warnings above; "
             "CUDA_VISIBLE_DEVICES may hide the GPU, LD_LIBRARY_PATH may bring another CUDA, and plugin and jax must "
@@ -175,6 +172,13 @@ def _nvidia_smi(environment: Mapping[str, str]) -> tuple[str, str | None]:
     return (name.strip(), driver.strip()) if comma else ("", None)
 
 
+def _too_old(driver: str, cuda: str) -> str:
+    name = f"CUDA {cuda.removeprefix('cuda')}"
+    told = f"the NVIDIA driver {driver} is too old for {name}: install {OLDEST_DRIVERS[cuda]} or later"
+    older = _major(driver) >= OLDEST_DRIVERS["cuda12"]
+    return f"{told}, or in place of jax's plugin for {name} that for CUDA 12: 'jaxalign[cuda]'" if older else told
+
+
 def _major(version: str) -> int:
     first = version.split(".")[0]
-    return int(first) if first.isdecimal() else OLDEST_DRIVER
+    return int(first) if first.isdecimal() else max(OLDEST_DRIVERS.values())

@@ -7,7 +7,7 @@ import pytest
 
 from jaxalign.run.backend import Machine, describe, describe_backend, probe
 
-PLUGINS = ("cuda", "tpu")
+PLUGINS = ("cuda12", "tpu")
 
 
 def machine(root: Path, devices: list[tuple[str, str, str]], files: tuple[str, ...] = ()) -> Path:
@@ -56,6 +56,13 @@ def test_a_gpu_shows_by_its_tool_its_file_or_its_slot(tmp_path):
         (Machine(nvidia="H200", driver="570.1"), None, ["(H200)", "pip install 'jaxalign[cuda]'"]),
         (Machine(nvidia="/dev/nvidia0", plugins=PLUGINS), None, ["nvidia-smi does not answer", "--gpus all"]),
         (Machine(nvidia="K80", driver="470.2", plugins=PLUGINS), None, ["470.2 is too old", "525 or later"]),
+        (
+            Machine(nvidia="L4", driver="570.1", plugins=("cuda13",)),
+            None,
+            ["for CUDA 13", "580 or later", "jaxalign[cuda]"],
+        ),
+        (Machine(nvidia="K80", driver="470.2", plugins=("cuda13",)), None, ["for CUDA 13: install 580 or later)"]),
+        (Machine(nvidia="L4", driver="570.1", plugins=("cuda12", "cuda13")), None, ["did not start"]),
         (Machine(nvidia="H200", driver="570.1", plugins=PLUGINS), None, ["did not start", "CUDA_VISIBLE_DEVICES"]),
         (Machine(tpus=4, tpu="v5e"), None, ["4 × v5e", "pip install 'jaxalign[tpu]'"]),
         (Machine(tpus=4, tpu="v5e", plugins=PLUGINS), None, ["another process holds it"]),

@@ -84,6 +84,29 @@ def token_statistics(
       entropy_gradient: let gradients flow through the entropy, for a loss that it is a term of.
       square_sums: fill `log_square_sums`.
     """
+    states = gather_sources(hidden, predictions)
+    return state_statistics(
+        logits,
+        states,
+        jnp.asarray(predictions.targets),
+        temperature=temperature,
+        chunk=chunk,
+        entropy_gradient=entropy_gradient,
+        square_sums=square_sums,
+    )
+
+
+def state_statistics(
+    logits: Callable[[Array], Array],
+    states: Array,
+    targets: Array,
+    *,
+    temperature: float = 1.0,
+    chunk: int = 128,
+    entropy_gradient: bool = False,
+    square_sums: bool = False,
+) -> TokenStatistics:
+    """`token_statistics` of gathered hidden states `[rows, predictions, embed]` and `targets` `[rows, predictions]`."""
 
     def statistics(part):
         states, targets = part
@@ -103,7 +126,7 @@ def token_statistics(
         squares = jax.lax.stop_gradient(jnp.log((exps**2).sum(-1)) - 2 * log_sum) if square_sums else None
         return TokenStatistics(taken - log_sum, entropy, hits, mean_logits, mean_logps, squares)
 
-    return map_chunks(statistics, (gather_sources(hidden, predictions), predictions.targets), chunk=chunk)
+    return map_chunks(statistics, (states, targets), chunk=chunk)
 
 
 def token_logps(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxalign.losses import TokenStatistics, token_statistics
+from jaxalign.losses import TokenStatistics, state_statistics
 from jaxalign.methods import balance
 from jaxalign.models import Model, freezing
 from jaxalign.packing import Document, pack
@@ -69,11 +69,21 @@ def read(
     """Runs the model on a micro-batch and the head where its predictions ask."""
     weights = balance.token_weights(batch) if any(model.config.sparse_layers) else None
     hidden, _, aux = model.apply(variables, batch.rows, key=key, weights=weights, noise=noise)
-    logits = partial(model.logits, variables)
-    tokens = token_statistics(
-        logits, hidden, batch.predictions, temperature=temperature, chunk=chunk, square_sums=square_sums
-    )
-    return tokens._replace(aux=aux)
+    head = partial(statistics, model, temperature=temperature, chunk=chunk, square_sums=square_sums)
+    return model.predict(head, variables, hidden, batch.predictions)._replace(aux=aux)
+
+
+def statistics(model: Model, variables: Variables, states: Array, targets: Array, **options: Any) -> TokenStatistics:
+    """`losses.state_statistics` under a model's LM head: a head for `Model.predict`."""
+    return state_statistics(partial(model.logits, variables), states, targets, **options)
+
+
+def read_scores(
+    model: Model, variables: Variables, batch: Batch, key: jax.Array | None = None, hidden: Array | None = None
+) -> jax.Array:
+    """The score head where a micro-batch's predictions ask, float32 `[rows, predictions]`; `hidden` if it is known."""
+    hidden = model.apply(variables, batch.rows, key=key)[0] if hidden is None else hidden
+    return model.predict(lambda own, states, _: model.scores(own, states), variables, hidden, batch.predictions)
 
 
 def make_logps(model: Model, chunk: int, *, temperature: float = 1.0) -> Callable[[Variables, Batch], jax.Array]:

@@ -169,7 +169,13 @@ def make_layout(
         weight = attention_weight(model)
         needed = max(longest, least)
         length = choose_length(pieces, micro, attention_weight=weight, multiple=multiple, longest=needed)
+    length = split_length(length, mesh)
     return Layout(batch_size, micro, length, shards, process, processes, max_length)
+
+
+def split_length(length: int, mesh: Mesh) -> int:
+    """A row's length rounded up to a multiple of the devices of `context` that share it."""
+    return -(-length // mesh.shape["context"]) * mesh.shape["context"]
 
 
 def split(mesh: Mesh, micro_batch_size: int) -> tuple[int, int, int]:
@@ -184,7 +190,10 @@ def split(mesh: Mesh, micro_batch_size: int) -> tuple[int, int, int]:
             f"train.micro_batch_size={micro_batch_size} must be a multiple of the number of processes ({processes})"
         )
     if data_shards(mesh) % processes:
-        raise ValueError(f"mesh: data × fsdp = {data_shards(mesh)} must be a multiple of the {processes} processes")
+        raise ValueError(
+            f"mesh: data × fsdp × expert = {data_shards(mesh)} must be a multiple of the {processes} processes: the "
+            "devices of `tensor` and `context` that share rows belong to one process"
+        )
     return data_shards(mesh) // processes, jax.process_index(), processes
 
 

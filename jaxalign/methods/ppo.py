@@ -18,7 +18,6 @@ import numpy as np
 import optax
 
 from jaxalign import losses
-from jaxalign.losses.tokens import gather_sources
 from jaxalign.methods import common, sft
 from jaxalign.methods.ppo_config import Config
 from jaxalign.methods.ppo_estimate import estimate as estimate
@@ -231,7 +230,7 @@ def make_values(config: Config, model: Model) -> Callable[[Variables, Batch], ja
     del config
 
     def one(variables: Variables, batch: Batch) -> jax.Array:
-        return model.scores(variables, gather_sources(model.apply(variables, batch.rows)[0], batch.predictions))
+        return common.read_scores(model, variables, batch)
 
     return lambda variables, batch: jax.lax.map(partial(one, variables), replace(batch, fields={}))
 
@@ -301,8 +300,12 @@ def _read(
     if config.critic == "separate":
         own = None if key is None else jax.random.fold_in(key, 1)
         states = models.value.apply(value, batch.rows, key=own)[0]
-    values = models.value.scores(value, gather_sources(states, batch.predictions))
-    statistics = partial(losses.token_statistics, partial(models.policy.logits, policy), hidden, batch.predictions)
+    values = common.read_scores(models.value, value, batch, hidden=states)
+
+    def statistics(**options: Any) -> losses.TokenStatistics:
+        head = partial(common.statistics, models.policy, **options)
+        return models.policy.predict(head, policy, hidden, batch.predictions)
+
     chunk, entropy = config.logits_chunk, config.entropy_coef > 0
     tokens = statistics(temperature=config.temperature, chunk=chunk, entropy_gradient=entropy)
     if not config.ptx_coef:

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxalign.losses.tokens import gather_sources
 from jaxalign.methods import common
 from jaxalign.models import Model
 from jaxalign.packing import Document
@@ -112,8 +111,7 @@ def make_loss(config: Config, model: Model) -> LossFn:
 
 def read_steps(model: Model, variables: Variables, batch: Batch, key: jax.Array | None = None) -> jax.Array:
     """Log-odds that each asked step of a micro-batch is right, float32 `[rows, predictions]`; any number in padding."""
-    hidden, _, _ = model.apply(variables, batch.rows, key=key)
-    return model.scores(variables, gather_sources(hidden, batch.predictions))
+    return common.read_scores(model, variables, batch, key)
 
 
 def score_steps(

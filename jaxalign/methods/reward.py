@@ -14,7 +14,6 @@ import optax
 
 from jaxalign.data.formats import MOST_COMPLETIONS
 from jaxalign.losses import ranking, ratio, sum_by_completion
-from jaxalign.losses.tokens import gather_sources
 from jaxalign.methods import common
 from jaxalign.models import Model
 from jaxalign.packing import Document
@@ -128,8 +127,7 @@ def make_loss(config: Config, model: Model) -> LossFn:
 
 def read_scores(model: Model, variables: Variables, batch: Batch, key: jax.Array | None = None) -> jax.Array:
     """Scores of a micro-batch's completions, float32 `[completions]`; 0 where there is none."""
-    hidden, _, _ = model.apply(variables, batch.rows, key=key)
-    values = model.scores(variables, gather_sources(hidden, batch.predictions))
+    values = common.read_scores(model, variables, batch, key)
     return sum_by_completion(values, batch.predictions.completions, batch.present.shape[0])
 
 

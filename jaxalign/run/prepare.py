@@ -25,14 +25,14 @@ from jaxalign.methods.common import (
     split_variables,
     trains_scores,
 )
-from jaxalign.methods.offline import Layout, make_layout, pack_global, packing_report, split
+from jaxalign.methods.offline import Layout, make_layout, pack_global, packing_report, split, split_length
 from jaxalign.methods.rollout import row_length
 from jaxalign.methods.running import with_carry
 from jaxalign.models.config import DType
 from jaxalign.models.heads import score_config
 from jaxalign.run.adapting import adapted_config, check_adapting
 from jaxalign.run.scoring import check_rewards, reward_names
-from jaxalign.sharding import make_mesh
+from jaxalign.sharding import make_mesh, remesh
 from jaxalign.training.metrics import check_writers
 from jaxalign.training.optimizer import make_optimizer
 
@@ -76,6 +76,7 @@ def prepare(stage: Stage) -> Prepared:
       ValueError: anything else that cannot work; names the file, line or key.
     """
     method, mesh = METHODS[stage.method_name], make_mesh(stage.mesh)
+    remesh(mesh, stage.rollout.mesh, "rollout.mesh")
     config = _heads(stage, models.load_config(stage.model.path))
     shapes = jax.eval_shape(models.build(config).init, jax.random.key(0))
     config = adapted_config(stage, config, shapes)
@@ -276,7 +277,7 @@ def _layout(stage: Stage, examples: list[data.Examples], config: models.ModelCon
         # Of a stream only the beginning is known: what may come is at least this long.
         least=stage.data.max_length if stage.data.streaming else 0,
     )
-    return replace(layout, length=_wrapped_length(stage)) if wrapped else layout
+    return replace(layout, length=split_length(_wrapped_length(stage), mesh)) if wrapped else layout
 
 
 def _wrapped_length(stage: Stage) -> int:
@@ -338,4 +339,4 @@ def online_layout(stage: Stage, examples: list[data.Examples], config: models.Mo
     if isinstance(train.row_length, int) and train.row_length < least:
         raise ValueError(f"train.row_length={train.row_length}, but a prompt with its completions may take {least}")
     length = least if isinstance(train.row_length, str) else train.row_length
-    return Layout(train.batch_size, micro, length, shards, process, processes)
+    return Layout(train.batch_size, micro, split_length(length, mesh), shards, process, processes)

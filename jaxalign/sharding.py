@@ -67,7 +67,7 @@ class MeshConfig:
     tensor: int = 1
     expert: int = 1
     context: int = 1
-    dcn: Mapping[str, int] = field(default_factory=dict)
+    dcn: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         """Raises ValueError, naming the key, on sizes that no devices can have."""

@@ -15,6 +15,7 @@ from jaxalign.data import Bad, Batches, Examples, MixtureOrder, Removed, Stream,
 from jaxalign.methods.common import Example, borrows, to_documents
 from jaxalign.models import ModelConfig
 from jaxalign.models.config import count_params
+from jaxalign.models.context import length_multiple
 from jaxalign.packing import build, choose_length, pieces_of, plan
 from jaxalign.sharding import data_shards, place_batch
 from jaxalign.types import Batch
@@ -174,8 +175,9 @@ def make_layout(
 
 
 def split_length(length: int, mesh: Mesh) -> int:
-    """A row's length rounded up to a multiple of the devices of `context` that share it."""
-    return -(-length // mesh.shape["context"]) * mesh.shape["context"]
+    """A row's length rounded up so that the devices of `context` can share it."""
+    multiple = length_multiple(mesh, length)
+    return -(-length // multiple) * multiple
 
 
 def split(mesh: Mesh, micro_batch_size: int) -> tuple[int, int, int]:

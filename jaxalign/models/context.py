@@ -57,6 +57,14 @@ def shards(mesh: Mesh | AbstractMesh | None) -> int:
     return mesh.shape.get(AXIS, 1)
 
 
+def length_multiple(mesh: Mesh, length: int) -> int:
+    """What a row's length is a multiple of, so that its stretches are alike.
+
+    Long rows are attended to in blocks, of which a stretch has a whole number.
+    """
+    return mesh.shape[AXIS] * (128 if length >= attention.BLOCKWISE_FROM and mesh.shape[AXIS] > 1 else 1)
+
+
 def read_rows(
     mesh: Mesh,
     read: Callable[..., tuple[jax.Array, Any, PyTree]],
@@ -72,14 +80,13 @@ def read_rows(
       mesh: with the axis `context`.
       read: `(variables, rows, key, weights, noise) -> (hidden, None, aux)` of a stretch, whose attention is `attend`.
       variables: whole on every device of the axis.
-      rows: `[rows, length]`; padded here to a multiple of the axis.
+      rows: `[rows, length]`; padded here to `length_multiple`.
       key: dropout's; every stretch gets its own.
       weights: `[rows, length]` or None.
       noise: `[rows, length, embed]` or None.
     """
-    length, count = rows.tokens.shape[1], shards(mesh)
-    # Long rows are attended to in blocks, of which a stretch must have a whole number.
-    multiple = count * (128 if length >= attention.BLOCKWISE_FROM else 1)
+    length = rows.tokens.shape[1]
+    multiple = length_multiple(mesh, length)
     split = jax.tree.map(lambda x: _pad(x, multiple), (rows, weights, noise))
 
     def local(variables, key, split):

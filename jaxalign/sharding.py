@@ -142,8 +142,19 @@ def remesh(mesh: Mesh, config: MeshConfig | None, key: str) -> Mesh:
     return Mesh(mesh.devices.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def rows_stay_in_processes(devices: np.ndarray) -> bool:
+    """Whether devices that share rows, those of `context` and `tensor`, belong to one process each time."""
+    groups = devices.reshape(-1, math.prod(devices.shape[len(BATCH_AXES) :]))
+    return all(len({device.process_index for device in group}) == 1 for group in groups)
+
+
 def _arrange_slice(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
-    return _or_split_axes(mesh_utils.create_device_mesh, sizes, devices)
+    found = _or_split_axes(mesh_utils.create_device_mesh, sizes, devices)
+    if rows_stay_in_processes(found):
+        return found
+    # Along the torus, devices that share rows may belong to two processes: then process by process.
+    own = np.array(sorted(devices, key=lambda device: device.process_index), dtype=object).reshape(sizes)
+    return own if rows_stay_in_processes(own) else found
 
 
 def _or_split_axes(make: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray:

@@ -23,6 +23,7 @@ from jaxalign.sharding import (
     path_name,
     place_batch,
     remesh,
+    rows_stay_in_processes,
 )
 from tests.layouts import SPARSE, tiny_config, tiny_model
 
@@ -116,6 +117,25 @@ def test_one_axis_goes_over_the_slices_and_the_others_stay_inside(config, axis):
     half = len(across) // 2
     # The first half of that axis is one slice, whole; the second the other.
     assert set(across[:half].flat) == {0} and set(across[half:].flat) == {1}
+
+
+def test_devices_that_share_rows_belong_to_one_process():
+    """A TPU of 2x2x2 chips, four to a host: along the torus, 4 chips of `tensor` may be of two hosts."""
+    devices = [
+        SimpleNamespace(
+            id=i,
+            process_index=z,
+            platform="tpu",
+            device_kind="TPU v5",
+            coords=(x, y, z),
+            core_on_chip=0,
+        )
+        for i, (z, y, x) in enumerate(np.ndindex(2, 2, 2))
+    ]
+    for config in (MeshConfig(data=2, tensor=4), MeshConfig(fsdp=2, context=2, tensor=2), MeshConfig(fsdp=4, tensor=2)):
+        assert rows_stay_in_processes(arrange(config, devices)), config
+    # Eight chips are two hosts: the run says so.
+    assert not rows_stay_in_processes(arrange(MeshConfig(tensor=8), devices))
 
 
 def test_slices_that_a_mesh_does_not_fit():

@@ -17,7 +17,7 @@ from jaxalign.models import ModelConfig
 from jaxalign.models.config import count_params
 from jaxalign.models.context import length_multiple
 from jaxalign.packing import build, choose_length, pieces_of, plan
-from jaxalign.sharding import data_shards, place_batch
+from jaxalign.sharding import data_shards, place_batch, rows_stay_in_processes
 from jaxalign.types import Batch
 
 # How many micro-batches `choose_length` looks at: enough for a steady mean, few enough to take no time.
@@ -191,7 +191,7 @@ def split(mesh: Mesh, micro_batch_size: int) -> tuple[int, int, int]:
         raise ValueError(
             f"train.micro_batch_size={micro_batch_size} must be a multiple of the number of processes ({processes})"
         )
-    if data_shards(mesh) % processes:
+    if data_shards(mesh) % processes or not (processes == 1 or rows_stay_in_processes(mesh.devices)):
         raise ValueError(
             f"mesh: data × fsdp × expert = {data_shards(mesh)} must be a multiple of the {processes} processes: the "
             "devices of `tensor` and `context` that share rows belong to one process"

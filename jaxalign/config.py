@@ -226,6 +226,8 @@ def _rollout(method: ModuleType, raw: Any, where: str) -> Any:
     """The section with its rewards validated; only online methods have one."""
     if raw and not is_online(method):
         raise ValueError(f"{where}: this method learns from a data set and draws nothing; leave the section away")
+    if isinstance(raw, Mapping) and raw.get("mesh") is not None:
+        raw = {**raw, "mesh": build(MeshConfig, raw["mesh"], f"{where}.mesh")}
     if not isinstance(raw, Mapping) or not isinstance(raw.get("rewards"), Sequence):
         return raw
     each = [build(RewardSection, reward, f"{where}.rewards[{i}]") for i, reward in enumerate(raw["rewards"])]

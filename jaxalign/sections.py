@@ -191,6 +191,7 @@ class RolloutSection:
       reward_timeout: seconds that the reward functions may take for a rollout.
       on_reward_error: `raise`, or `none`: what a reward function fails at gets no score.
       eval_prompts: how many prompts of the evaluation data are answered; None = all.
+      mesh: sizes of the mesh that completions are drawn on, over the same devices; None = the stage's `mesh`.
     """
 
     rewards: tuple[RewardSection, ...] = ()
@@ -206,6 +207,7 @@ class RolloutSection:
     reward_timeout: float = 60.0
     on_reward_error: Literal["raise", "none"] = "raise"
     eval_prompts: int | None = None
+    mesh: MeshConfig | None = None
 
     def __post_init__(self):
         """Raises ValueError on what asks for nothing; the rest is checked where the sampler's config is made."""

@@ -53,7 +53,7 @@ from jaxalign.losses.reference_free import (
 )
 from jaxalign.losses.reward import RankingTerms, bradley_terry, ranking
 from jaxalign.losses.supervised import SFT_LOSSES
-from jaxalign.losses.tokens import TokenStatistics, token_logps, token_statistics
+from jaxalign.losses.tokens import TokenStatistics, state_statistics, token_logps, token_statistics
 from jaxalign.losses.transport import COUPLED_LOSSES
 from jaxalign.losses.unpaired import (
     MISMATCHED_LOSSES,
@@ -125,6 +125,7 @@ __all__ = [
     "reference_free_options",
     "running_mean",
     "spread_by_completion",
+    "state_statistics",
     "sum_by_completion",
     "sum_scores",
     "token_logps",

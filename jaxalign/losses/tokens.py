@@ -95,17 +95,38 @@ def token_statistics(
       entropy_gradient: let gradients flow through the entropy, for a loss that it is a term of.
       square_sums: fill `log_square_sums`.
     """
+    states = gather_sources(hidden, predictions)
+    return state_statistics(
+        logits,
+        states,
+        jnp.asarray(predictions.targets),
+        temperature=temperature,
+        chunk=chunk,
+        entropy_gradient=entropy_gradient,
+        square_sums=square_sums,
+    )
 
+
+def state_statistics(
+    logits: Callable[[Array], Array],
+    states: Array,
+    targets: Array,
+    *,
+    temperature: float = 1.0,
+    chunk: int = 128,
+    entropy_gradient: bool = False,
+    square_sums: bool = False,
+) -> TokenStatistics:
+    """`token_statistics` of gathered hidden states `[rows, predictions, embed]` and `targets` `[rows, predictions]`."""
     options = (temperature, entropy_gradient, square_sums)
 
     def statistics(part):
         states, targets = part
         return _statistics(logits(states), targets, options)
 
-    states = gather_sources(hidden, predictions)
     kept = jax.eval_shape(logits, states)
     keep = kept.size * kept.dtype.itemsize <= KEPT_BYTES
-    return map_chunks(statistics, (states, predictions.targets), chunk=chunk, keep=keep)
+    return map_chunks(statistics, (states, targets), chunk=chunk, keep=keep)
 
 
 Options = tuple[float, bool, bool]  # temperature, entropy_gradient, square_sums

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxalign.losses import TokenStatistics, token_statistics
-from jaxalign.losses.tokens import gather_sources
+from jaxalign.losses import TokenStatistics, state_statistics
 from jaxalign.methods import balance
 from jaxalign.models import Model, freezing
 from jaxalign.packing import Document, pack
@@ -22,7 +21,7 @@ from jaxalign.training.coupled import CoupledLoss
 from jaxalign.training.state import TrainState, init_state
 from jaxalign.training.step import LossFn, Step, TotalsFn, evaluate
 from jaxalign.training.step import make_step as make_training_step
-from jaxalign.types import Array, Batch, Experience, Mean, Metrics, PyTree, Variables
+from jaxalign.types import Array, Batch, Experience, Mean, Metrics, Predictions, PyTree, Variables
 
 Example = Mapping[str, Any]
 
@@ -108,11 +107,13 @@ def read(
     """Runs the model on a micro-batch and the head where its predictions ask; `every` as in `balance.token_weights`."""
     weights = balance.token_weights(batch, every) if any(model.config.sparse_layers) else None
     hidden, _, aux = model.apply(variables, batch.rows, key=key, weights=weights, noise=noise)
-    logits = partial(model.logits, variables)
-    tokens = token_statistics(
-        logits, hidden, batch.predictions, temperature=temperature, chunk=chunk, square_sums=square_sums
-    )
-    return tokens._replace(aux=aux)
+    head = partial(statistics, model, temperature=temperature, chunk=chunk, square_sums=square_sums)
+    return model.predict(head, variables, hidden, batch.predictions)._replace(aux=aux)
+
+
+def statistics(model: Model, variables: Variables, states: Array, targets: Array, **options: Any) -> TokenStatistics:
+    """`losses.state_statistics` under a model's LM head: a head for `Model.predict`."""
+    return state_statistics(partial(model.logits, variables), states, targets, **options)
 
 
 def read_scores(
@@ -121,7 +122,12 @@ def read_scores(
     """What the score head says where a micro-batch's predictions ask, float32 `[rows, predictions]`; and `aux`."""
     options = {"weights": balance.token_weights(batch)} if any(model.config.sparse_layers) else {}
     hidden, _, aux = model.apply(variables, batch.rows, key=key, **options)
-    return model.scores(variables, gather_sources(hidden, batch.predictions)), aux
+    return scores_of(model, variables, hidden, batch.predictions), aux
+
+
+def scores_of(model: Model, variables: Variables, hidden: Array, predictions: Predictions) -> jax.Array:
+    """The score head on known hidden states `[rows, length, embed]`, float32 `[rows, predictions]`."""
+    return model.predict(lambda own, states, _: model.scores(own, states), variables, hidden, predictions)
 
 
 def make_logps(model: Model, chunk: int, *, temperature: float = 1.0) -> Callable[[Variables, Batch], jax.Array]:

@@ -15,8 +15,9 @@ from jaxalign.data import Bad, Batches, Examples, MixtureOrder, Removed, Stream,
 from jaxalign.methods.common import Example, borrows, to_documents
 from jaxalign.models import ModelConfig
 from jaxalign.models.config import count_params
+from jaxalign.models.context import length_multiple
 from jaxalign.packing import build, choose_length, pieces_of, plan
-from jaxalign.sharding import data_shards, place_batch
+from jaxalign.sharding import data_shards, place_batch, rows_stay_in_processes
 from jaxalign.types import Batch
 
 # How many micro-batches `choose_length` looks at: enough for a steady mean, few enough to take no time.
@@ -169,7 +170,14 @@ def make_layout(
         weight = attention_weight(model)
         needed = max(longest, least)
         length = choose_length(pieces, micro, attention_weight=weight, multiple=multiple, longest=needed)
+    length = split_length(length, mesh)
     return Layout(batch_size, micro, length, shards, process, processes, max_length)
+
+
+def split_length(length: int, mesh: Mesh) -> int:
+    """A row's length rounded up so that the devices of `context` can share it."""
+    multiple = length_multiple(mesh, length)
+    return -(-length // multiple) * multiple
 
 
 def split(mesh: Mesh, micro_batch_size: int) -> tuple[int, int, int]:
@@ -183,8 +191,11 @@ def split(mesh: Mesh, micro_batch_size: int) -> tuple[int, int, int]:
         raise ValueError(
             f"train.micro_batch_size={micro_batch_size} must be a multiple of the number of processes ({processes})"
         )
-    if data_shards(mesh) % processes:
-        raise ValueError(f"mesh: data × fsdp = {data_shards(mesh)} must be a multiple of the {processes} processes")
+    if data_shards(mesh) % processes or not (processes == 1 or rows_stay_in_processes(mesh.devices)):
+        raise ValueError(
+            f"mesh: data × fsdp × expert = {data_shards(mesh)} must be a multiple of the {processes} processes: the "
+            "devices of `tensor` and `context` that share rows belong to one process"
+        )
     return data_shards(mesh) // processes, jax.process_index(), processes
 
 

@@ -17,7 +17,6 @@ import numpy as np
 import optax
 
 from jaxalign import losses
-from jaxalign.losses.tokens import gather_sources
 from jaxalign.methods import balance, common, sft
 from jaxalign.methods.ppo_config import Config
 from jaxalign.methods.ppo_estimate import estimate as estimate
@@ -259,8 +258,12 @@ def _read(
     if config.critic == "separate":
         values, read[CRITIC_LOADS] = common.read_scores(models.value, value, batch, critic_key(key))
     else:
-        values = models.value.scores(value, gather_sources(hidden, batch.predictions))
-    statistics = partial(losses.token_statistics, partial(models.policy.logits, policy), hidden, batch.predictions)
+        values = common.scores_of(models.value, value, hidden, batch.predictions)
+
+    def statistics(**options: Any) -> losses.TokenStatistics:
+        head = partial(common.statistics, models.policy, **options)
+        return models.policy.predict(head, policy, hidden, batch.predictions)
+
     chunk, entropy = config.logits_chunk, config.entropy_coef > 0
     tokens = statistics(temperature=config.temperature, chunk=chunk, entropy_gradient=entropy)
     if not config.ptx_coef:

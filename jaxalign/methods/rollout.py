@@ -15,7 +15,7 @@ from jaxalign.methods.offline import Layout
 from jaxalign.models import Model
 from jaxalign.packing import Document, build, pieces_of, plan
 from jaxalign.sampling.choose import Config as SamplingConfig
-from jaxalign.sharding import Mesh, data_shards, place_batch, replicated
+from jaxalign.sharding import Mesh, decode_shards, place_batch, replicated
 from jaxalign.types import Array, Batch, Experience, Max, Mean, Metrics, Min, Predictions, PyTree, Samples, Variables
 
 # (params, batch on the mesh) -> float32 [micro, rows, predictions]
@@ -38,12 +38,12 @@ def make_draw(
     Args:
       model: the model.
       config: how they are drawn.
-      mesh: where.
+      mesh: where; it may have other sizes than the mesh that the variables lie on (`sharding.remesh`).
       width: tokens of the longest prompt there can be; always padded to, so that one program serves every rollout.
       stops: strings that end a completion; they are looked for after the loop.
       decode: token ids as text; needed with `stops`.
     """
-    shards = data_shards(mesh)
+    shards = decode_shards(mesh)
     # Every process packs from the whole rollout.
     whole = replicated(mesh) if jax.process_count() > 1 else None
     generate = jax.jit(sampling.make_generate(model, config, mesh if mesh.size > 1 else None), out_shardings=whole)

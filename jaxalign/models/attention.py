@@ -43,7 +43,7 @@ class Blocks:
     def block(self, query: Array, key: Array) -> Array:
         """`rows_mask` of these blocks, bool `[rows, size, size]`."""
         queries, keys = jax.tree.map(lambda x: x[:, query], self.rows), jax.tree.map(lambda x: x[:, key], self.rows)
-        return _visible(queries, keys, self.window)
+        return visible(queries, keys, self.window)
 
 
 class Keys(NamedTuple):
@@ -66,7 +66,7 @@ def rows_mask(rows: TokenRows, window: int | None) -> Array:
     True where both share a non-zero document, the key is in the trunk or the query's own branch, the key's position is
     not later than the query's and, with a window, `query position - key position < window`.
     """
-    return _visible(rows, rows, window)
+    return visible(rows, rows, window)
 
 
 def self_mask(rows: TokenRows, window: int | None) -> Array | Blocks:
@@ -97,7 +97,8 @@ def make_blocks(rows: TokenRows, window: int | None, size: int) -> Blocks:
     return Blocks(split, needed.any(0), window)
 
 
-def _visible(queries: TokenRows, keys: TokenRows, window: int | None) -> Array:
+def visible(queries: TokenRows, keys: TokenRows, window: int | None) -> Array:
+    """`rows_mask` of some tokens of rows and others: bool `[..., queries, keys]`."""
     query = jax.tree.map(lambda x: x[..., :, None], queries)
     key = jax.tree.map(lambda x: x[..., None, :], keys)
     mask = (query.documents == key.documents) & (key.documents > 0)

@@ -46,7 +46,8 @@ def attend_blocks(
     Dao et al., arXiv 2205.14135.
 
     Args:
-      query: `[rows, kv_heads, groups * length, head_dim]`, scaled; the heads of one group end to end.
+      query: `[rows, kv_heads, groups * length, head_dim]`, scaled; the heads of one group end to end. It may be whole
+        blocks of the length alone: as many as `mask.needed` has query blocks.
       key: `[rows, kv_heads, length, head_dim]`.
       value: the same shape.
       mask: of these rows.
@@ -57,14 +58,16 @@ def attend_blocks(
     Returns:
       The query's shape and dtype; scores and sums are float32 or wider. A query that sees nothing gets 0.
     """
-    length = key.shape[2]
-    count = mask.needed.shape[0]
-    padding = [(0, 0), (0, 0), (0, count * mask.size - length), (0, 0)]
+    count, key_count = mask.needed.shape
+    # Queries of a part of the rows come in whole blocks.
+    length = key.shape[2] if count == key_count else count * mask.size
+    padding = [(0, 0), (0, 0), (0, key_count * mask.size - key.shape[2]), (0, 0)]
     grouped = query.reshape(*query.shape[:2], -1, length, query.shape[3])
     groups = grouped.shape[2]
-    queries = _split(jnp.pad(grouped, [(0, 0), *padding]), count)
+    query_padding = [*[(0, 0)] * 3, (0, count * mask.size - length), (0, 0)]
+    queries = _split(jnp.pad(grouped, query_padding), count)
     queries = queries.reshape(*queries.shape[:3], -1, queries.shape[-1])
-    keys, values = (_split(jnp.pad(x, padding), count) for x in (key, value))
+    keys, values = (_split(jnp.pad(x, padding), key_count) for x in (key, value))
     drop_key = dropout_key if dropout else None
     mixed = cast(jax.Array, _attend(queries, keys, values, mask, drop_key, softcap, dropout))
     mixed = mixed.reshape(*mixed.shape[:3], groups, mask.size, -1).transpose(1, 2, 3, 0, 4, 5)
@@ -93,7 +96,7 @@ def _forward(queries, keys, values, mask, dropout_key, softcap, dropout):
             scores = _cap(jnp.einsum("rhqd,rhkd->rhqk", query, keys[j], preferred_element_type=wide), softcap)
             higher = jnp.maximum(most, jnp.where(visible, scores, -jnp.inf).max(-1))
             exps = jnp.where(visible, jnp.exp(scores - higher[..., None]), 0)
-            kept = exps if dropout_key is None else exps * _keep(dropout_key, i * count + j, exps.shape, dropout)
+            kept = exps if dropout_key is None else exps * _keep(dropout_key, i * len(keys) + j, exps.shape, dropout)
             added = jnp.einsum("rhqk,rhkd->rhqd", kept.astype(query.dtype), values[j], preferred_element_type=wide)
             shrink = jnp.exp(most - higher)
             return mixed * shrink[..., None] + added, higher, total * shrink + exps.sum(-1)
@@ -132,7 +135,7 @@ def _backward(softcap, dropout, saved, grads):
             weights = probs
             if dropout_key is not None:
                 shape = (*probs.shape[:2], probs.shape[3], probs.shape[2])
-                keep = _keep(dropout_key, i * count + j, shape, dropout).swapaxes(2, 3)
+                keep = _keep(dropout_key, i * len(keys) + j, shape, dropout).swapaxes(2, 3)
                 weights, grad_probs = probs * keep, grad_probs * keep
             grad_scores = probs * (grad_probs - inner[:, :, None])
             if softcap is not None:

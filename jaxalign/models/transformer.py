@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from jaxalign.models.attention import Keys, attend, cache_mask, cap, rows_mask, self_mask
+from jaxalign.models import context
+from jaxalign.models.attention import Keys, cache_mask, cap, rows_mask, self_mask
 from jaxalign.models.cache import Cache, layer_of, write
 from jaxalign.models.config import DType, Layer, ModelConfig, Rope, segments
 from jaxalign.models.experts import Experts, Sums, add_sums
@@ -22,7 +23,7 @@ from jaxalign.models.layers import ACTIVATION_FUNCTIONS, Linear, Mlp, Norm, resi
 from jaxalign.models.lora import expand
 from jaxalign.models.rope import rope_frequencies, rotate
 from jaxalign.models.unrolling import outside_segments, repeat_name, unroll
-from jaxalign.types import Array, TokenRows, Variables
+from jaxalign.types import Array, Predictions, PyTree, TokenRows, Variables
 
 Remat = Literal["none", "dots", "full"]
 
@@ -47,6 +48,9 @@ class Model:
       logits: `(variables, hidden [..., embed_dim]) -> float32 [..., vocab_size]`.
       scores: `(variables, hidden [..., embed_dim]) -> float32 [...]`, one number per hidden state: a reward, a value,
         or the log-odds that a step is right.
+      predict: `(head, variables, hidden, predictions) -> pytree of [rows, predictions]`: runs a head, as
+        `(variables, states [rows, n, embed_dim], targets [rows, n]) -> pytree of [rows, n]`, on the hidden states that
+        predict, over the mesh's axis `context` on a share of them.
       rebuild: `config -> Model`, another config with the same dtypes and rematerialisation.
       unrolled: `() -> (Model, unroll)`: the same functions over `unroll(variables)`, in which every layer has arrays of
         its own, in the dtype of computation. For sampling: out of stacked arrays XLA copies each layer for each token.
@@ -59,6 +63,7 @@ class Model:
     apply: Callable[..., tuple[jax.Array, Cache | None, dict[str, jax.Array]]]
     logits: Callable[[Variables, Array], jax.Array]
     scores: Callable[[Variables, Array], jax.Array]
+    predict: Callable[[Callable[..., PyTree], Variables, Array, Predictions], PyTree]
     rebuild: Callable[[ModelConfig], Model]
     unrolled: Callable[[], tuple[Model, Callable[[Variables], Variables]]]
 
@@ -78,7 +83,7 @@ def build(
       param_dtype: dtype of the parameters that `init` makes.
       compute_dtype: dtype of activations and matrix products; norms, softmax, logits and scores are float32 or wider.
       remat: what the backward pass recomputes: nothing, all but matrix products, or whole blocks.
-      mesh: the mesh that it will run on, of which only experts need to know.
+      mesh: the mesh that it will run on, of which experts and the axis `context` need to know.
     """
     return _build(config, param_dtype, compute_dtype, remat, mesh)
 
@@ -92,15 +97,21 @@ def _build(
     unrolled: bool = False,
 ) -> Model:
     decoder = _Decoder(config, jnp.dtype(param_dtype), jnp.dtype(compute_dtype), remat, mesh, unrolled)
+    stretch = decoder.clone(split=True)
 
     def init(key: jax.Array) -> Variables:
         rows = TokenRows.from_padded(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
         return {"params": decoder.init(key, rows, None)["params"]}
 
     def apply(variables: Variables, rows: TokenRows, cache: Cache | None = None, *, key=None, weights=None, noise=None):
-        rngs = {} if key is None else {"dropout": key}
-        read = decoder.apply(expand(whole(variables)), rows, cache, weights, noise, rngs=rngs)
-        return cast("tuple[jax.Array, Cache | None, Sums]", read)
+        def read(part, variables, rows, key, weights, noise):
+            rngs = {} if key is None else {"dropout": key}
+            found = part.apply(expand(whole(variables)), rows, cache, weights, noise, rngs=rngs)
+            return cast("tuple[jax.Array, Cache | None, Sums]", found)
+
+        if mesh is None or cache is not None or context.shards(mesh) == 1:
+            return read(decoder, variables, rows, key, weights, noise)
+        return context.read_rows(mesh, partial(read, stretch), variables, rows, key, weights, noise)
 
     def logits(variables: Variables, hidden: Array) -> jax.Array:
         if not config.lm_head:
@@ -134,7 +145,7 @@ def _build(
         apart = _build(config, param_dtype, compute_dtype, remat, mesh, unrolled=True)
         return apart, partial(unroll, config, jnp.dtype(compute_dtype))
 
-    return Model(config, init, apply, logits, scores, rebuild, unrolled_too)
+    return Model(config, init, apply, logits, scores, partial(context.predict, mesh), rebuild, unrolled_too)
 
 
 class _Attention(nn.Module):
@@ -155,7 +166,7 @@ class _Attention(nn.Module):
             query, key = rotate(query, angles, self.rope), rotate(key, angles, self.rope)
         drop = c.attention_dropout if self.has_rng("dropout") else 0.0
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-        mixed = attend(
+        mixed = context.attend(
             query,
             (*cached, Keys(key, value, mask)),
             scale=c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale,
@@ -236,6 +247,7 @@ class _Decoder(nn.Module):
     remat: Remat
     mesh: Mesh | None
     unrolled: bool = False
+    split: bool = False  # it reads a stretch of rows, under `context.read_rows`
 
     @nn.compact
     def __call__(self, rows, cache, weights=None, noise=None):
@@ -251,7 +263,8 @@ class _Decoder(nn.Module):
         windows, ropes = _kinds(c)
         angles = tuple(_angles(rows, rope, c.head_dim) for rope in ropes)
         alone = cache is None or not cache.positions.shape[1]
-        masks = tuple((self_mask if alone else rows_mask)(rows, window) for window in windows)
+        make_mask = context.self_mask if self.split else self_mask if alone else rows_mask
+        masks = tuple(make_mask(rows, window) for window in windows)
         cache_masks = () if cache is None else tuple(cache_mask(rows, cache.positions, window) for window in windows)
         counted = any(c.sparse_layers) and cache is None
         weights = (rows.documents > 0 if weights is None else weights) if counted else None

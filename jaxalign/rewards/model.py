@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxalign.models import Model, ModelConfig
 from jaxalign.packing import first_fit
 from jaxalign.sharding import batch_shardings, data_shards, replicated
-from jaxalign.types import Array, TokenRows, Variables
+from jaxalign.types import Array, Predictions, TokenRows, Variables
 
 Scorer = Callable[[Sequence[Sequence[int] | np.ndarray]], np.ndarray]
 
@@ -59,7 +59,8 @@ def make_scorer(model: Model, variables: Variables, *, mesh: Mesh | None = None,
     def read(variables: Variables, rows: TokenRows, sources: Array) -> jax.Array:
         rows, sources = jax.tree.map(lambda x: x[0], (rows, sources))
         hidden, _, _ = model.apply(variables, rows)
-        return model.scores(variables, jnp.take_along_axis(hidden, sources[..., None], axis=1))
+        asked = Predictions(*[jnp.asarray(sources)] * 4)  # of which the score head reads the sources alone
+        return model.predict(lambda own, states, _: model.scores(own, states), variables, hidden, asked)
 
     run = jax.jit(read, out_shardings=None if mesh is None else replicated(mesh))
 

@@ -22,6 +22,7 @@ from jaxalign.run.prepare import Prepared, resolve_dtype, sampling_config
 from jaxalign.run.scoring import load_functions, reward_names
 from jaxalign.run.supervised import make_supervised
 from jaxalign.sampling import bucket_width
+from jaxalign.sharding import remesh
 from jaxalign.training.loop import Evaluate, OnSample
 from jaxalign.types import Experience, Mean, Metrics, PyTree, Variables
 
@@ -106,7 +107,9 @@ def draw_with(ready: Prepared, config: sampling.Config, width: int) -> Draw:
     def decode(ids: Sequence[int]) -> str:
         return str(ready.data.tokenizer.decode(ids))  # a stop string may be a special token
 
-    return make_draw(ready.model, config, ready.mesh, width=width, stops=ready.stage.rollout.stop, decode=decode)
+    rollout = ready.stage.rollout
+    mesh = remesh(ready.mesh, rollout.mesh, "rollout.mesh")
+    return make_draw(ready.model, config, mesh, width=width, stops=rollout.stop, decode=decode)
 
 
 @dataclass(frozen=True)

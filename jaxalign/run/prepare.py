@@ -25,7 +25,7 @@ from jaxalign.methods.common import (
     split_variables,
     trains_scores,
 )
-from jaxalign.methods.offline import Layout, make_layout, pack_global, packing_report, split
+from jaxalign.methods.offline import Layout, make_layout, pack_global, packing_report, split, split_length
 from jaxalign.methods.rollout import row_length
 from jaxalign.methods.running import with_carry
 from jaxalign.models.config import DType
@@ -33,7 +33,7 @@ from jaxalign.models.heads import score_config
 from jaxalign.run.adapting import adapted_config, check_adapting
 from jaxalign.run.scoring import check_rewards, reward_names
 from jaxalign.run.supervised import load_supervised
-from jaxalign.sharding import make_mesh
+from jaxalign.sharding import make_mesh, remesh
 from jaxalign.training.metrics import check_writers
 from jaxalign.training.optimizer import make_optimizer
 
@@ -79,6 +79,7 @@ def prepare(stage: Stage) -> Prepared:
       ValueError: anything else that cannot work; names the file, line or key.
     """
     method, mesh = METHODS[stage.method_name], make_mesh(stage.mesh)
+    remesh(mesh, stage.rollout.mesh, "rollout.mesh")
     config = _heads(stage, models.load_config(stage.model.path))
     shapes = jax.eval_shape(models.build(config).init, jax.random.key(0))
     config = adapted_config(stage, config, shapes)
@@ -281,7 +282,7 @@ def _layout(
         # Of a stream only the beginning is known: what may come is at least this long.
         least=stage.data.max_length if stage.data.streaming else 0,
     )
-    return replace(layout, length=_wrapped_length(stage)) if wrapped else layout
+    return replace(layout, length=split_length(_wrapped_length(stage), mesh)) if wrapped else layout
 
 
 def _wrapped_length(stage: Stage) -> int:
@@ -352,4 +353,4 @@ def online_layout(
         what = "a prompt with its completions" + (", or a text of ptx_data," if mixed is not None else "")
         raise ValueError(f"train.row_length={train.row_length}, but {what} may take {least}")
     length = least if isinstance(train.row_length, str) else train.row_length
-    return Layout(train.batch_size, micro, length, shards, process, processes)
+    return Layout(train.batch_size, micro, split_length(length, mesh), shards, process, processes)

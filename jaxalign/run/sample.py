@@ -21,7 +21,7 @@ from jaxalign.run.judges import Judge, describe_scores, judge, load_judges
 from jaxalign.run.prepare import resolve_dtype
 from jaxalign.run.prompts import Prompts, Row, check_room, one_prompt, read_prompts
 from jaxalign.run.selection import SELECTIONS, Rules, select
-from jaxalign.sharding import MeshConfig, data_shards, make_mesh
+from jaxalign.sharding import MeshConfig, decode_shards, make_mesh
 from jaxalign.types import Samples
 
 FINISH = ("length", "eos", "stop")  # by the numbers in `Samples.finish`
@@ -191,7 +191,7 @@ def complete(
         prompts.ids,
         jax.random.key(seed, impl="threefry2x32"),
         num_generations=settings.num_generations,
-        shards=1 if mesh is None else data_shards(mesh),
+        shards=1 if mesh is None else decode_shards(mesh),
     )
     drawn = sampling.truncate_samples(drawn, decode, stop)
     rows = []

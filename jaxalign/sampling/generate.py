@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxalign.models import Cache, Model, ModelConfig, init_cache
 from jaxalign.models.config import DType
 from jaxalign.sampling.choose import Config, choose, stopped
-from jaxalign.sharding import BATCH_AXES, data_shards, expert_specs
+from jaxalign.sharding import DECODE_AXES, decode_shards, expert_specs
 from jaxalign.types import Array, Samples, TokenRows, Variables
 
 LENGTH, EOS, STOP = 0, 1, 2
@@ -89,8 +89,8 @@ def make_generate(model: Model, config: Config, mesh: Mesh | None = None) -> Gen
     Args:
       model: the model.
       config: how completions are drawn, and in how many slots.
-      mesh: splits prompts, completions and slots over its `data` and `fsdp` axes; a slot takes completions of its own
-        shard only.
+      mesh: splits prompts, completions and slots over its `DECODE_AXES`, all but `tensor`; a slot takes completions of
+        its own shard only.
 
     Returns:
       `generate(variables, prompts, lengths, key, completions=None) -> Samples`, pure; the caller jits it.
@@ -110,8 +110,8 @@ def make_generate(model: Model, config: Config, mesh: Mesh | None = None) -> Gen
       it is drawn with log-prob 0.
     """
     model, _ = model.unrolled()
-    axes: tuple[str, ...] = () if mesh is None else BATCH_AXES
-    shards = 1 if mesh is None else data_shards(mesh)
+    axes: tuple[str, ...] = () if mesh is None else DECODE_AXES
+    shards = 1 if mesh is None else decode_shards(mesh)
 
     def draw(variables: Variables, prompts: jax.Array, lengths: jax.Array, keys: jax.Array) -> Samples:
         queue = Queue(prompts, lengths, keys)
@@ -126,14 +126,14 @@ def make_generate(model: Model, config: Config, mesh: Mesh | None = None) -> Gen
     def draw_all(variables: Variables, *rest: jax.Array) -> Samples:
         if mesh is None:
             return draw(variables, *rest)
-        rows = PartitionSpec(BATCH_AXES)
+        rows = PartitionSpec(DECODE_AXES)
         counted = dict.fromkeys(COUNTERS, PartitionSpec())
         return jax.shard_map(
             draw,
             mesh=mesh,
             in_specs=(expert_specs(mesh, variables), rows, rows, rows),
             out_specs=cast("Any", Samples)(rows, rows, rows, rows, rows, counted),
-            axis_names=frozenset(BATCH_AXES),
+            axis_names=frozenset(DECODE_AXES),
             check_vma=False,
         )(variables, *rest)
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -205,6 +206,53 @@ def test_two_by_four_stopped_goes_on_as_one_by_eight(start, config, whole):
     assert calls == [12, 12, 6, 6, 6, 6]
     layouts = json.loads((folder / "manifest.json").read_text())["stages"]["dpo"]["layouts"]
     assert layouts == [{"devices": 8, "processes": 2}, {"devices": 8, "processes": 1}]
+
+
+@pytest.mark.slow
+def test_two_by_four_stopped_goes_on_as_eight_by_one(start, config, whole):
+    folder, alone = config.parent / "runs" / "eight", config.with_name("sft.json")
+    settings = json.loads(config.read_text())
+    alone.write_text(json.dumps({**settings, "stages": settings["stages"][:1]}))
+    process = start(2, 4, alone, "name=eight")
+    assert wait_until(lambda: logged(folder / "sft") >= 3, process, 400)
+    process.send_signal(signal.SIGTERM)
+    finish(process, SAVED)
+    output = finish(start(8, 1, alone, "name=eight"))
+    assert "begun on 8 device(s) in 2 process(es), goes on on 8 device(s) in 8 process(es)" in output
+    assert_same_losses(folder, whole, "sft")
+
+
+def gradients(processes: int, path: Path, **sizes: int) -> np.ndarray:
+    """Of `tests/run/gradients.py` on 8 devices in so many processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAXALIGN", "XLA_"))}
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.run.gradients"]
+            + [str(word) for word in (port, processes, number, 8 // processes, json.dumps(sizes), path)],
+            env={**kept, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+        )
+        for number in range(processes)
+    ]
+    for process in started:
+        finish(process)
+    return np.load(path)
+
+
+@pytest.mark.slow
+def test_in_float64_processes_and_meshes_change_nothing_but_rounding(tmp_path):
+    expected = gradients(1, tmp_path / "1.npy", data=8)
+    layouts = ((2, {"fsdp": 4, "context": 2}), (4, {"data": 2, "fsdp": 2, "tensor": 2}), (8, {"fsdp": 8}))
+    for processes, sizes in layouts:
+        found = gradients(processes, tmp_path / f"{processes}.npy", **sizes)
+        assert np.linalg.norm(found - expected) <= 1e-10 * np.linalg.norm(expected), (processes, sizes)
 
 
 def worker(launcher: int, number: int) -> int:

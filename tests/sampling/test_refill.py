@@ -10,7 +10,7 @@ import pytest
 from jaxalign.sampling import Config, make_decoding, make_generate
 from jaxalign.sampling.choose import choose
 from jaxalign.sampling.logits import scale
-from jaxalign.sharding import MeshConfig, make_mesh, param_shardings
+from jaxalign.sharding import MeshConfig, make_mesh, param_shardings, remesh
 
 KEY = jax.random.key(29)
 GENERATIONS = 3
@@ -25,12 +25,13 @@ def draw(small, pad):
     lengths = np.where(np.isin(np.arange(16), (5, 11)), 0, lengths).astype(np.int32)
 
     @cache
-    def draw(mesh=None, **options):
+    def draw(mesh=None, trained=None, **options):
         config = replace(CONFIG, **options)
         variables = small.decoding
         if mesh is not None:
-            mesh = make_mesh(mesh)
-            placed = jax.device_put(small.variables, param_shardings(mesh, small.variables))
+            training = make_mesh(trained or mesh)
+            mesh = remesh(training, mesh, "rollout.mesh")
+            placed = jax.device_put(small.variables, param_shardings(training, small.variables))
             variables = make_decoding(small.model, mesh)(placed)
         generate = jax.jit(make_generate(small.model, config, mesh))
         return jax.device_get(generate(variables, padded, lengths, KEY))
@@ -86,6 +87,11 @@ def test_a_refilled_loop_is_shorter_than_waves(draw):
     assert refilled.counters["decode_steps"] < 0.8 * waves.counters["decode_steps"]
     # Nearly every slot is busy nearly all the time.
     assert refilled.counters["drawn"] > 0.8 * 6 * refilled.counters["decode_steps"]
+
+
+def test_another_mesh_than_that_of_training_changes_no_draw(small, draw, assert_same_draws):
+    """Parameters lie on fsdp=8; the devices of `context` have prompts of their own."""
+    assert_same(small, assert_same_draws, draw(), draw(MeshConfig(context=4, tensor=2), MeshConfig(fsdp=8), slots=8))
 
 
 def test_prompts_that_a_mesh_cannot_split_are_refused(small, pad):

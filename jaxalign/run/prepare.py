@@ -28,9 +28,11 @@ from jaxalign.methods.common import (
 from jaxalign.methods.offline import Layout, make_layout, pack_global, packing_report, split
 from jaxalign.methods.rollout import row_length
 from jaxalign.methods.running import with_carry
+from jaxalign.models.attention import Attention
 from jaxalign.models.config import DType
 from jaxalign.models.heads import score_config
 from jaxalign.run.adapting import adapted_config, check_adapting
+from jaxalign.run.kernels import choose_attention
 from jaxalign.run.scoring import check_rewards, reward_names
 from jaxalign.sharding import make_mesh
 from jaxalign.training.metrics import check_writers
@@ -51,6 +53,7 @@ class Prepared:
       model: the policy's functions.
       layout: of batches.
       num_steps: optimiser steps of the stage.
+      attention: by what it is computed, and why.
     """
 
     stage: Stage
@@ -60,6 +63,7 @@ class Prepared:
     model: models.Model
     layout: Layout
     num_steps: int
+    attention: str = "xla"
 
 
 def resolve_dtype(name: str) -> DType:
@@ -90,12 +94,16 @@ def prepare(stage: Stage) -> Prepared:
     for name, each in (("training", found.train), ("evaluation", found.eval)):
         if each is not None:
             check_examples(method, stage.method, each, stage.train.batch_size, name)
-    layout = _layout(stage, [each for each in (found.train, found.eval) if each is not None], config, mesh)
+    examples = [each for each in (found.train, found.eval) if each is not None]
+    compute_dtype = resolve_dtype(stage.model.compute_dtype)
+    stage, attention = choose_attention(stage, examples, config, mesh, compute_dtype)
+    layout = _layout(stage, examples, config, mesh)
     model = models.build(
         config,
         param_dtype=stage.model.param_dtype,
-        compute_dtype=resolve_dtype(stage.model.compute_dtype),
+        compute_dtype=compute_dtype,
         remat=stage.model.remat,
+        attention=cast(Attention, stage.model.attention),
         mesh=mesh,
     )
     steps = stage.train.max_steps
@@ -103,7 +111,7 @@ def prepare(stage: Stage) -> Prepared:
         steps = math.ceil(stage.train.num_train_epochs * steps_per_epoch(stage, found.epoch_size))
     make_optimizer(stage.optimizer, steps)
     check_writers(stage.log.report_to)
-    ready = Prepared(stage, method, mesh, found, model, layout, steps)
+    ready = Prepared(stage, method, mesh, found, model, layout, steps, attention)
     _check_evaluation(ready)
     return ready
 
@@ -251,7 +259,9 @@ def check_data(stage: Stage) -> tuple[data.Data, dict[str, float]]:
         return found, {}
     good = _wrapped(stage, replace(found, train=good, eval=None), config).train
     check_examples(method, stage.method, good, stage.train.batch_size, "training")
-    layout = _layout(stage, [good], config, make_mesh(stage.mesh))
+    mesh = make_mesh(stage.mesh)
+    stage, _ = choose_attention(stage, [good], config, mesh, resolve_dtype(stage.model.compute_dtype))
+    layout = _layout(stage, [good], config, mesh)
     if is_online(method):
         return found, {"row_length": layout.length}  # what is packed is yet to be drawn
     return found, packing_report(method, stage.method, good, layout)

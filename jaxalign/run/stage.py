@@ -87,6 +87,7 @@ def run_stage(
         say(f"{title}: {len(ready.data.removed)} rows left out are in {folder / REMOVED}")
     shape = f"{ready.num_steps} steps of {stage.train.batch_size} examples in rows of {ready.layout.length} tokens"
     say(f"{title}: {shape}, computed in {resolve_dtype(stage.model.compute_dtype)}")
+    say(f"{title}: attention by {ready.attention}")
     shapes = jax.eval_shape(ready.model.init, jax.random.key(0))
     if line := describe_training(stage, ready.model.config, shapes):
         say(f"{title}: {line}")

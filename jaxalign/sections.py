@@ -34,6 +34,7 @@ class ModelSection:
         the host's memory, `dots_offload` is `dots` with those there; on GPU and TPU.
       attention: by what rows attend to themselves: `splash` (TPU), `cudnn` (GPU), `xla`, or `auto`: the first of these
         that can serve, see docs/scale.md.
+      offload_reference: keep the reference in the host's memory between its passes; offline methods on GPU and TPU.
       quantization: keep the blocks' projections in 8 (`int8`) or 4 bits (`nf4`); they cannot train then.
       trainable: what trains: patterns of tensor names in the checkpoint, see `models.freeze`; None = everything, or the
         adapter where there is one. A score head always does.
@@ -47,6 +48,7 @@ class ModelSection:
     compute_dtype: Literal["auto"] | ExportDType = "auto"
     remat: Remat = "full"
     attention: Literal["auto"] | Attention = "auto"
+    offload_reference: bool = False
     quantization: Quantization | None = None
     trainable: tuple[str, ...] | None = None
 

@@ -1,4 +1,4 @@
-"""Which implementation of attention a stage takes, decided before its rows are packed."""
+"""Which implementation of attention a stage takes, decided before its rows are packed; and what the host can hold."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 from jaxalign.config import Stage
 from jaxalign.data import Examples
 from jaxalign.methods import METHODS
-from jaxalign.methods.common import is_online
+from jaxalign.methods.common import is_online, needs_reference
 from jaxalign.methods.offline import ATTENTION_SLOWNESS, attention_weight
 from jaxalign.models import ModelConfig
 from jaxalign.models.attention import BLOCKWISE_FROM, MISFITS
 from jaxalign.models.cudnn import HEAD_DIM
+from jaxalign.models.remat import OFFLOADING
 
 KERNELS = {"tpu": "splash", "gpu": "cudnn"}
 MACHINES = {"splash": "TPUs", "cudnn": "NVIDIA GPUs"}
@@ -84,6 +85,26 @@ def costs(stage: Stage, examples: Examples, config: ModelConfig) -> tuple[float,
     by_xla = weight * row * (0.5 if row >= BLOCKWISE_FROM else 1)
     by_kernel = weight / ATTENTION_SLOWNESS * short * 0.5
     return float(shared.mean() * (1 + by_xla)), float(apart.mean() * (1 + by_kernel))
+
+
+def check_offloading(stage: Stage, mesh: Mesh) -> None:
+    """Raises ValueError, naming the key, where something cannot be kept in the host's memory, or is there already."""
+    given = {
+        "optimizer.offload": stage.optimizer.offload,
+        "model.offload_reference": stage.model.offload_reference,
+        "model.remat": stage.model.remat in OFFLOADING,
+    }
+    asked = [key for key, wanted in given.items() if wanted]
+    if asked and mesh.devices.flat[0].platform == "cpu":
+        raise ValueError(f"{asked[0]}: a CPU's memory is the host's, nothing can be moved there; leave it away")
+    if not stage.model.offload_reference:
+        return
+    method = METHODS[stage.method_name]
+    if is_online(method) or not needs_reference(method, stage.method):
+        raise ValueError(f"model.offload_reference: {stage.method_name} keeps no reference apart; leave it away")
+    for name in ("precompute_ref_log_probs", "sync_ref_model"):
+        if getattr(stage.method, name, False):
+            raise ValueError(f"model.offload_reference does not go with method.{name}; leave one of them away")
 
 
 def _lengths(stage: Stage, examples: Examples) -> tuple[Any, list[Any]]:

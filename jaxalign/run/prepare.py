@@ -32,7 +32,7 @@ from jaxalign.models.attention import Attention
 from jaxalign.models.config import DType
 from jaxalign.models.heads import score_config
 from jaxalign.run.adapting import adapted_config, check_adapting
-from jaxalign.run.kernels import choose_attention
+from jaxalign.run.kernels import check_offloading, choose_attention
 from jaxalign.run.scoring import check_rewards, reward_names
 from jaxalign.sharding import make_mesh
 from jaxalign.training.metrics import check_writers
@@ -110,6 +110,7 @@ def prepare(stage: Stage) -> Prepared:
     if steps < 1:
         steps = math.ceil(stage.train.num_train_epochs * steps_per_epoch(stage, found.epoch_size))
     make_optimizer(stage.optimizer, steps)
+    check_offloading(stage, mesh)
     check_writers(stage.log.report_to)
     ready = Prepared(stage, method, mesh, found, model, layout, steps, attention)
     _check_evaluation(ready)

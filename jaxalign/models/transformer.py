@@ -257,7 +257,7 @@ class _Decoder(nn.Module):
         windows, ropes = _kinds(c)
         angles = tuple(_angles(rows, rope, c.head_dim) for rope in ropes)
         alone = cache is None or not cache.positions.shape[1]
-        make_mask = MASKS[self.attention if cache is None else "xla"]
+        make_mask = MASKS["xla" if cache is not None or self.is_initializing() else self.attention]
         masks = tuple(make_mask(rows, w, self.mesh) if alone else rows_mask(rows, w) for w in windows)
         cache_masks = () if cache is None else tuple(cache_mask(rows, cache.positions, window) for window in windows)
         counted = any(c.sparse_layers) and cache is None

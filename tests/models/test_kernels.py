@@ -26,7 +26,8 @@ ROWS, LENGTH, HEADS, KV_HEADS, DIM = 2, 300, 4, 2, 8
 def packed(share: bool) -> TokenRows:
     config = preference.Config(share_prompt=share)
     rows = preference.make_batch(config, ragged_pairs(12, prompt=120, completion=70), length=LENGTH).rows
-    taken = jax.tree.map(lambda x: jnp.asarray(x[0, :ROWS]), rows)
+    fullest = np.argsort(-rows.documents[0].max(1), kind="stable")[:ROWS]
+    taken = jax.tree.map(lambda x: jnp.asarray(x[0, fullest]), rows)
     assert int(taken.branches.max()) == 2 and int(taken.documents.max()) >= 3 and not bool((taken.documents > 0).all())
     return taken
 
@@ -101,12 +102,12 @@ def run_step(method, config, model, variables, batch):
     optimizer = optax.sgd(1.0)
     state, frozen = method.init(config, model, variables, optimizer, jax.random.key(0))
     after, metrics = method.make_step(config, model, optimizer)(state, frozen, batch)
-    return jax.tree.map(jnp.subtract, after.params, state.params), metrics["loss"].value()
+    return jax.tree.map(jnp.subtract, after.params, state.params), metrics["loss"]
 
 
 def test_a_preference_step_is_the_same_by_splash():
     """Shared prompts by XLA against unshared ones by the kernel: windows, soft-cap, rematerialised, micro-batches."""
-    model, variables = tiny_model(num_layers=3, windows=(None, 9, 9), attention_softcap=5.0)
+    model, variables = tiny_model(num_layers=2, windows=(None, 9), attention_softcap=5.0)
     pairs = ragged_pairs(7)
     found = {}
     for kind, share in (("xla", True), ("splash", False)):
@@ -117,7 +118,7 @@ def test_a_preference_step_is_the_same_by_splash():
         batch = reference(jax.tree.map(lambda x: x * 0.97, variables), batch)
         found[kind] = jax.jit(partial(run_step, preference, config, own))(variables, batch)
     assert relative(found["splash"][0], found["xla"][0]) <= 1e-5
-    assert found["splash"][1] == pytest.approx(found["xla"][1], rel=1e-5)
+    assert found["splash"][1].value() == pytest.approx(found["xla"][1].value(), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """An optimiser's state in the host's memory changes no value, and leaves the devices' memory."""
 
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 
@@ -10,15 +11,16 @@ from jax.experimental import topologies
 from jaxalign.methods import sft
 from jaxalign.models import build
 from jaxalign.sharding import MeshConfig, batch_shardings, make_mesh, param_shardings
+from jaxalign.training.checkpoint import Checkpoints
 from jaxalign.training.offload import on_host
 from jaxalign.training.optimizer import Config, make_optimizer
 from jaxalign.training.state import TrainState
 from tests.layouts import ragged_texts, relative, tiny_config, tiny_model
 
 
-def program(mesh, model, name, offload, variables):
+def program(mesh, model, offload, variables):
     """Three things of one training: its initial state's function, its step and the shardings of state and batch."""
-    optimizer, schedule = make_optimizer(Config(name=name, offload=offload, learning_rate=1e-2), 10)
+    optimizer, schedule = make_optimizer(Config(offload=offload, learning_rate=1e-2), 10)
     init = partial(sft.init, sft.Config(), model, optimizer=optimizer, key=jax.random.key(0))
     shapes = jax.eval_shape(init, variables)
     state, _ = param_shardings(mesh, shapes)
@@ -29,14 +31,13 @@ def program(mesh, model, name, offload, variables):
     return jax.jit(lambda variables: init(variables)[0], out_shardings=state), step, shapes, state
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
-def test_values_are_the_same(name):
+def test_values_are_the_same():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    model, variables = tiny_model(num_layers=2, windows=(None, 9))
+    model, variables = tiny_model(num_layers=1, windows=(9,))
     batch = sft.make_batch(sft.Config(), ragged_texts(9), length=128, micro_batch_size=5, shards=4)
     ends = []
     for offload in (False, True):
-        init, step, _, _ = program(mesh, model, name, offload, variables)
+        init, step, _, _ = program(mesh, model, offload, variables)
         state = init(variables)
         for _ in range(3):
             state, metrics = step(state, {}, batch)
@@ -44,6 +45,22 @@ def test_values_are_the_same(name):
             assert kinds == ({"pinned_host"} if offload else {"device"})
         ends.append((state.params, state.opt_state, metrics["loss"].value()))
     assert relative(ends[1], ends[0]) <= 1e-6
+
+
+def test_a_checkpoint_brings_it_back_to_the_host(tmp_path):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    model, variables = tiny_model(num_layers=1, windows=(9,))
+    init, _, _, _ = program(mesh, model, True, variables)
+    state = init(variables)
+    state = replace(state, opt_state=jax.tree.map(lambda x: x + 3, state.opt_state))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), init(variables))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, jax.device_put(state, jax.tree.map(lambda x: x.sharding, like)), {}, {})
+        checkpoints.wait()
+        restored = checkpoints.restore(like)
+    assert restored is not None and relative(restored.state.opt_state, state.opt_state) == 0
+    for wanted, found in zip(jax.tree.leaves(like), jax.tree.leaves(restored.state), strict=True):
+        assert found.sharding.memory_kind == wanted.sharding.memory_kind
 
 
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, which compiles for TPUs, is not installed")
@@ -56,7 +73,7 @@ def test_the_state_leaves_a_tpu():
     found = {}
     for offload in (False, True):
         variables = jax.eval_shape(model.init, jax.random.key(0))
-        _, step, shapes, state = program(mesh, model, "adamw", offload, variables)
+        _, step, shapes, state = program(mesh, model, offload, variables)
         places = (state, {}, batch_shardings(mesh, batch))
         arguments = jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (shapes[0], {}, batch), places

@@ -1,13 +1,16 @@
-"""Memory of a training step on long rows: attention on whole score arrays and block by block.
+"""Memory of a training step on long rows: attention on whole score arrays, block by block, and by splash.
 
     python benchmarks/long_rows.py [--lengths 4096 8192 32768] [--model smollm2 | 8b] [--tpu v5p:2x2x1]
+        [--attention whole blocks splash] [--remat full attention ...]
 
-Compiles the SFT step (AdamW, `model.remat: full`, one row of one document per data shard) and prints what the compiler
-says that it needs; nothing is run, so a row that would not fit this machine can be asked for. With `--tpu` it compiles
-for that slice, its devices as `fsdp`, which takes libtpu (`pip install libtpu`) and no TPU.
+Compiles the SFT step (AdamW, one row of one document per data shard) and prints what the compiler says that it needs;
+nothing is run, so a row that would not fit this machine can be asked for. With `--tpu` it compiles for that slice, its
+devices as `fsdp`, which takes libtpu (`pip install libtpu`) and no TPU. Splash is for TPUs: elsewhere what is compiled
+is its interpreter.
 """
 
 import argparse
+import itertools
 import time
 
 import jax
@@ -16,6 +19,7 @@ from jax.experimental import topologies
 
 from jaxalign.methods import sft
 from jaxalign.models import ModelConfig, Rope, attention, build
+from jaxalign.models.remat import POLICIES, Remat
 from jaxalign.sharding import MeshConfig, batch_shardings, data_shards, make_mesh, param_shardings
 from jaxalign.training.optimizer import Config, make_optimizer
 from jaxalign.types import Batch, Predictions, TokenRows
@@ -34,29 +38,33 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 32768])
     parser.add_argument("--model", choices=MODELS, default="smollm2")
     parser.add_argument("--tpu", help="a slice, for example v5p:2x2x1")
-    parser.add_argument("--attention", choices=("whole", "blocks"), nargs="+", default=["whole", "blocks"])
+    kinds = ("whole", "blocks", "splash")
+    parser.add_argument("--attention", choices=kinds, nargs="+", default=["whole", "blocks"])
+    parser.add_argument("--remat", choices=("none", *POLICIES), nargs="+", default=["full"])
     options = parser.parse_args()
     devices = None
     if options.tpu:
         devices = list(topologies.get_topology_desc(platform="tpu", topology_name=options.tpu).devices)
     print(f"{options.model} on {options.tpu or jax.default_backend()}: GiB per device")
-    print(f"{'row length':>10}  {'attention':>9}  {'arguments':>9}  {'temporary':>9}  {'compiled in':>11}")
-    for length in options.lengths:
-        for kind in options.attention:
-            attention.BLOCKWISE_FROM = NEVER if kind == "whole" else 1
-            start = time.perf_counter()
-            found = compile_step(MODELS[options.model], length, devices)
-            assert found is not None  # XLA's compilers for CPU, GPU and TPU all say
-            seconds = time.perf_counter() - start
-            sizes = [x / 2**30 for x in (found.argument_size_in_bytes, found.temp_size_in_bytes)]
-            print(f"{length:>10}  {kind:>9}  {sizes[0]:>9.2f}  {sizes[1]:>9.2f}  {seconds:>9.0f} s", flush=True)
+    names = ("row length", "attention", "remat", "arguments", "temporary", "on host", "compiled in")
+    print("  ".join(f"{name:>14}" for name in names))
+    for length, kind, remat in itertools.product(options.lengths, options.attention, options.remat):
+        attention.BLOCKWISE_FROM = NEVER if kind == "whole" else 1
+        start = time.perf_counter()
+        found = compile_step(MODELS[options.model], length, devices, "splash" if kind == "splash" else "xla", remat)
+        assert found is not None  # XLA's compilers for CPU, GPU and TPU all say
+        sizes = (found.argument_size_in_bytes, found.temp_size_in_bytes, found.host_temp_size_in_bytes)
+        cells = [length, kind, remat, *(f"{x / 2**30:.2f}" for x in sizes), f"{time.perf_counter() - start:.0f} s"]
+        print("  ".join(f"{cell:>14}" for cell in cells), flush=True)
 
 
-def compile_step(config: ModelConfig, length: int, devices: list | None):
+def compile_step(
+    config: ModelConfig, length: int, devices: list | None, kind: attention.Attention = "xla", remat: Remat = "full"
+):
     """What the compiler says of the memory of one step."""
     dtype = "float32" if devices is None and jax.default_backend() == "cpu" else "bfloat16"
-    model = build(config, compute_dtype=dtype, remat="full")
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1), devices or jax.devices()[:1])
+    model = build(config, compute_dtype=dtype, remat=remat, attention=kind, mesh=mesh)
     optimizer, schedule = make_optimizer(Config(), 100)
     key = jax.random.key(0)
 

@@ -44,6 +44,7 @@ FOREIGN_NAMES = {
     "global_batch_size": "train.batch_size",
     "output_dir": "name (runs lie in runs_dir/name)",
     "gradient_checkpointing": "model.remat",
+    "attn_implementation": "model.attention",
     "bf16": "model.compute_dtype",
     "fp16": "model.compute_dtype",
     "torch_dtype": "model.param_dtype",

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxalign.data import DataConfig
+from jaxalign.models.attention import Attention
 from jaxalign.models.config import LoraConfig
 from jaxalign.models.export import ExportDType
 from jaxalign.models.quantized import Quantization
-from jaxalign.models.transformer import Remat
+from jaxalign.models.remat import Remat
 from jaxalign.sharding import MeshConfig
 from jaxalign.training import optimizer
 
@@ -29,7 +30,12 @@ class ModelSection:
         stage; the policy's own start by default.
       param_dtype: dtype of the parameters.
       compute_dtype: dtype of activations and matrix products; `auto` is bfloat16 on GPU and TPU, float32 on CPU.
-      remat: what the backward pass recomputes: `none`, `dots` (all but matrix products) or `full` (whole blocks).
+      remat: what the backward pass recomputes: `none`; `full`, whole blocks; all but the output of `attention`, of
+        matrix products (`dots`), or of both (`dots_attention`). `offload` is `attention` with that and block inputs in
+        the host's memory, `dots_offload` is `dots` with those there; on GPU and TPU.
+      attention: by what rows attend to themselves: `splash` (TPU), `cudnn` (GPU), `xla`, or `auto`: the first of these
+        that can serve, see docs/scale.md.
+      offload_reference: keep the reference in the host's memory between its passes; offline methods on GPU and TPU.
       quantization: keep the blocks' projections in 8 (`int8`) or 4 bits (`nf4`); they cannot train then.
       trainable: what trains: patterns of tensor names in the checkpoint, see `models.freeze`; None = everything, or the
         adapter where there is one. A score head always does.
@@ -42,6 +48,8 @@ class ModelSection:
     param_dtype: ExportDType = "float32"
     compute_dtype: Literal["auto"] | ExportDType = "auto"
     remat: Remat = "full"
+    attention: Literal["auto"] | Attention = "auto"
+    offload_reference: bool = False
     quantization: Quantization | None = None
     trainable: tuple[str, ...] | None = None
 

@@ -55,7 +55,10 @@ set_flags() {
   for cuda in jax_plugins.xla_cuda13 jax_plugins.xla_cuda12; do
     cuda=$(package "$cuda")
     if [[ -n $cuda ]]; then
-      add_flags XLA_FLAGS "$cuda" --xla_gpu_enable_latency_hiding_scheduler=true
+      add_flags XLA_FLAGS "$cuda" \
+        --xla_gpu_enable_latency_hiding_scheduler=true \
+        --xla_gpu_enable_pipelined_all_gather=true \
+        --xla_gpu_enable_pipelined_reduce_scatter=true
       export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
       break
     fi

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
+from jaxalign.models import cudnn, splash
 from jaxalign.models.blockwise import attend_blocks
+from jaxalign.models.config import ModelConfig
 from jaxalign.types import Array, TokenRows
+
+Attention = Literal["xla", "splash", "cudnn"]
 
 MASKED = -1e30
 # Rows of so many tokens attend block by block: from there on whole score arrays, [heads, length, length] per row, are
@@ -46,18 +53,21 @@ class Blocks:
         return visible(queries, keys, self.window)
 
 
+Mask = Array | Blocks | splash.Segments | cudnn.Visible
+
+
 class Keys(NamedTuple):
     """Keys that a query may look at.
 
     Attributes:
       key: `[rows, kv_heads, keys, head_dim]`: by head, as products want them, so that a cache is never transposed.
       value: the same shape.
-      mask: bool `[rows, queries, keys]`, or `Blocks` of rows that attend to themselves alone.
+      mask: bool `[rows, queries, keys]`, or what `MASKS` makes of rows that attend to themselves alone.
     """
 
     key: Array
     value: Array
-    mask: Array | Blocks
+    mask: Mask
 
 
 def rows_mask(rows: TokenRows, window: int | None) -> Array:
@@ -72,6 +82,24 @@ def rows_mask(rows: TokenRows, window: int | None) -> Array:
 def self_mask(rows: TokenRows, window: int | None) -> Array | Blocks:
     """`rows_mask`, of rows of `BLOCKWISE_FROM` tokens and more in blocks."""
     return rows_mask(rows, window) if rows.tokens.shape[1] < BLOCKWISE_FROM else make_blocks(rows, window, BLOCK)
+
+
+# How each implementation is told what the tokens of rows see that attend to themselves alone, and which models it does
+# not serve. Splash takes only rows in which no two branches share a trunk.
+MASKS: dict[str, Callable[[TokenRows, int | None, Mesh | None], Mask]] = {
+    "xla": lambda rows, window, mesh: self_mask(rows, window),
+    "splash": splash.segments,
+    "cudnn": lambda rows, window, mesh: cudnn.Visible(rows_mask(rows, window)),
+}
+MISFITS: dict[str, Callable[[ModelConfig, str], str | None]] = {
+    "xla": lambda config, dtype: None,
+    "splash": splash.misfit,
+    "cudnn": cudnn.misfit,
+}
+KERNELS: dict[type, Callable[..., jax.Array]] = {
+    splash.Segments: splash.attend_splash,
+    cudnn.Visible: cudnn.attend_cudnn,
+}
 
 
 def make_blocks(rows: TokenRows, window: int | None, size: int) -> Blocks:
@@ -139,7 +167,14 @@ def attend(
     Returns:
       `[rows, queries, heads, head_dim]` in the query's dtype; scores and softmax are float32 or wider. A query that
       sees nothing gets a finite value that nobody reads.
+
+    Raises:
+      ValueError: dropout, several sets of keys, or a soft-cap, where the kernel that the mask is made for has none.
     """
+    if kernel := KERNELS.get(type(keys[0].mask)):
+        if dropout or len(keys) > 1:
+            raise ValueError("model.attention: this kernel has no dropout, and takes one set of keys; use xla")
+        return kernel(query, *keys[0], scale=scale, softcap=softcap)
     rows, queries, heads, head_dim = query.shape
     kv_heads = keys[0].key.shape[1]
     # Heads of one group lie beside each other as further queries: every product is then a plain batched one.
@@ -190,8 +225,9 @@ def _attend_forward(query: Array, key: Array, value: Array, mask: Array, softcap
     exps = jnp.exp(scores - most)
     total = exps.sum(-1, keepdims=True)
     mixed = jnp.einsum("rhqk,rhkd->rhqd", exps.astype(query.dtype), value, preferred_element_type=scores.dtype)
-    mixed = (mixed / total).astype(query.dtype)
-    return mixed, (query, key, value, mask, mixed, (most + jnp.log(total))[..., 0])
+    mixed = checkpoint_name((mixed / total).astype(query.dtype), splash.OUTPUT_NAME)
+    log_total = checkpoint_name((most + jnp.log(total))[..., 0], splash.OUTPUT_NAME)
+    return mixed, (query, key, value, mask, mixed, log_total)
 
 
 def _attend_backward(softcap, saved, grad):

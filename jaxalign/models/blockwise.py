@@ -7,7 +7,9 @@ from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from jaxalign.models.splash import OUTPUT_NAME
 from jaxalign.types import Array
 
 
@@ -114,7 +116,7 @@ def _forward(queries, keys, values, mask, dropout_key, softcap, dropout):
         seen = jnp.where(total > 0, total, 1)
         return (mixed / seen[..., None]).astype(query.dtype), most + jnp.log(seen)
 
-    mixed, log_total = jax.lax.map(attend_from, (jnp.arange(count), queries))
+    mixed, log_total = (checkpoint_name(x, OUTPUT_NAME) for x in jax.lax.map(attend_from, (jnp.arange(count), queries)))
     return mixed, (queries, keys, values, mask, dropout_key, mixed, log_total)
 
 

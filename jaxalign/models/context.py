@@ -57,6 +57,13 @@ def shards(mesh: Mesh | AbstractMesh | None) -> int:
     return mesh.shape.get(AXIS, 1)
 
 
+def misfit(attention: str, mesh: Mesh | None) -> str | None:
+    """Why rows that are split over this mesh cannot be attended to in this way, or None."""
+    if attention == "xla" or mesh is None or mesh.shape.get(AXIS, 1) == 1:
+        return None
+    return f"rows are split over {AXIS}={mesh.shape[AXIS]} devices, where attention is XLA's"
+
+
 def length_multiple(mesh: Mesh, length: int) -> int:
     """What a row's length is a multiple of, so that its stretches are alike.
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from jaxalign.models import context
-from jaxalign.models.attention import Keys, cache_mask, cap, rows_mask, self_mask
+from jaxalign.models.attention import MASKS, MISFITS, Attention, Keys, cache_mask, cap, rows_mask
 from jaxalign.models.cache import Cache, layer_of, write
 from jaxalign.models.config import DType, Layer, ModelConfig, Rope, segments
 from jaxalign.models.experts import Experts, Sums, add_sums
@@ -21,16 +22,10 @@ from jaxalign.models.freezing import whole
 from jaxalign.models.heads import init_score_head
 from jaxalign.models.layers import ACTIVATION_FUNCTIONS, Linear, Mlp, Norm, residual_norm
 from jaxalign.models.lora import expand
+from jaxalign.models.remat import INPUT_NAME, POLICIES, Remat
 from jaxalign.models.rope import rope_frequencies, rotate
 from jaxalign.models.unrolling import outside_segments, repeat_name, unroll
 from jaxalign.types import Array, Predictions, PyTree, TokenRows, Variables
-
-Remat = Literal["none", "dots", "full"]
-
-REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ class Model:
       predict: `(head, variables, hidden, predictions) -> pytree of [rows, predictions]`: runs a head, as
         `(variables, states [rows, n, embed_dim], targets [rows, n]) -> pytree of [rows, n]`, on the hidden states that
         predict, over the mesh's axis `context` on a share of them.
-      rebuild: `config -> Model`, another config with the same dtypes and rematerialisation.
+      rebuild: `config -> Model`, another config with the same dtypes, rematerialisation and attention.
       unrolled: `() -> (Model, unroll)`: the same functions over `unroll(variables)`, in which every layer has arrays of
         its own, in the dtype of computation. For sampling: out of stacked arrays XLA copies each layer for each token.
 
@@ -74,6 +69,7 @@ def build(
     param_dtype: DType = "float32",
     compute_dtype: DType = "float32",
     remat: Remat = "none",
+    attention: Attention = "xla",
     mesh: Mesh | None = None,
 ) -> Model:
     """Builds the decoder.
@@ -82,10 +78,15 @@ def build(
       config: the model.
       param_dtype: dtype of the parameters that `init` makes.
       compute_dtype: dtype of activations and matrix products; norms, softmax, logits and scores are float32 or wider.
-      remat: what the backward pass recomputes: nothing, all but matrix products, or whole blocks.
-      mesh: the mesh that it will run on, of which experts and the axis `context` need to know.
+      remat: what the backward pass recomputes, see `remat.POLICIES`.
+      attention: by which of `attention.MASKS` rows attend to themselves; with a cache it is always `xla`. `splash` is
+        for rows in which no two branches share a trunk (packed with `share_prompt=False`): it cannot tell them apart.
+      mesh: the mesh that it will run on, of which experts, `splash` and the axis `context` need to know.
+
+    Raises:
+      ValueError: an attention that cannot serve this model or mesh.
     """
-    return _build(config, param_dtype, compute_dtype, remat, mesh)
+    return _build(config, param_dtype, compute_dtype, remat, attention, mesh)
 
 
 def _build(
@@ -93,10 +94,13 @@ def _build(
     param_dtype: DType,
     compute_dtype: DType,
     remat: Remat,
+    attention: Attention,
     mesh: Mesh | None,
     unrolled: bool = False,
 ) -> Model:
-    decoder = _Decoder(config, jnp.dtype(param_dtype), jnp.dtype(compute_dtype), remat, mesh, unrolled)
+    if problem := MISFITS[attention](config, compute_dtype) or context.misfit(attention, mesh):
+        raise ValueError(f"model.attention={attention}: {problem}; set it to xla or auto")
+    decoder = _Decoder(config, jnp.dtype(param_dtype), jnp.dtype(compute_dtype), remat, attention, mesh, unrolled)
     stretch = decoder.clone(split=True)
 
     def init(key: jax.Array) -> Variables:
@@ -139,10 +143,10 @@ def _build(
         return product.reshape(hidden.shape[:-1]) + config.score_bias
 
     def rebuild(other: ModelConfig) -> Model:
-        return _build(other, param_dtype, compute_dtype, remat, mesh, unrolled)
+        return _build(other, param_dtype, compute_dtype, remat, attention, mesh, unrolled)
 
     def unrolled_too():
-        apart = _build(config, param_dtype, compute_dtype, remat, mesh, unrolled=True)
+        apart = _build(config, param_dtype, compute_dtype, remat, attention, mesh, unrolled=True)
         return apart, partial(unroll, config, jnp.dtype(compute_dtype))
 
     return Model(config, init, apply, logits, scores, partial(context.predict, mesh), rebuild, unrolled_too)
@@ -225,6 +229,7 @@ class _Pattern(nn.Module):
     @nn.compact
     def __call__(self, x, first_layer, angles, masks, weights, cache, cache_masks):
         new, sums, (windows, ropes) = [], [], _kinds(self.config)
+        x = checkpoint_name(x, INPUT_NAME)
         for place, layer in enumerate(self.layers):
             kind = windows.index(layer.window)
             cached = ()
@@ -245,6 +250,7 @@ class _Decoder(nn.Module):
     param_dtype: jnp.dtype
     compute_dtype: jnp.dtype
     remat: Remat
+    attention: Attention
     mesh: Mesh | None
     unrolled: bool = False
     split: bool = False  # it reads a stretch of rows, under `context.read_rows`
@@ -263,8 +269,14 @@ class _Decoder(nn.Module):
         windows, ropes = _kinds(c)
         angles = tuple(_angles(rows, rope, c.head_dim) for rope in ropes)
         alone = cache is None or not cache.positions.shape[1]
-        make_mask = context.self_mask if self.split else self_mask if alone else rows_mask
-        masks = tuple(make_mask(rows, window) for window in windows)
+        of_rows = MASKS["xla" if cache is not None or self.is_initializing() else self.attention]
+
+        def make_mask(window):
+            if self.split:
+                return context.self_mask(rows, window)
+            return of_rows(rows, window, self.mesh) if alone else rows_mask(rows, window)
+
+        masks = tuple(make_mask(window) for window in windows)
         cache_masks = () if cache is None else tuple(cache_mask(rows, cache.positions, window) for window in windows)
         counted = any(c.sparse_layers) and cache is None
         weights = (rows.documents > 0 if weights is None else weights) if counted else None
@@ -296,7 +308,7 @@ class _Decoder(nn.Module):
     def _scan(self, segment):
         body = _Pattern
         if self.remat != "none":
-            body = nn.remat(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            body = nn.remat(body, policy=POLICIES[self.remat], prevent_cse=False)
         return nn.scan(
             body,
             variable_axes={"params": 0, "lora": 0},

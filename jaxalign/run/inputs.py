@@ -21,6 +21,7 @@ from jaxalign.models.identity import adapter_fingerprint
 from jaxalign.run.adapting import adapt
 from jaxalign.run.prepare import Prepared, resolve_dtype
 from jaxalign.sharding import param_shardings
+from jaxalign.training.offload import on_host, to_device
 from jaxalign.types import Batch, Variables
 
 Say = Callable[[str], None]
@@ -97,6 +98,13 @@ def reference_folder(stage: Stage) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxalign" / "reference"
 
 
+def offloaded_reference(ready: Prepared, reference: Variables) -> Callable[[Batch], Batch]:
+    """The reference's pass, with its variables in the host's memory before and after."""
+    make = ready.method.make_reference(ready.stage.method, ready.model)
+    kept = jax.device_put(reference, on_host(jax.tree.map(lambda x: x.sharding, reference), reference))
+    return partial(jax.jit(lambda variables, batch: make(to_device(variables), batch)), kept)
+
+
 def attach_reference(ready: Prepared, load: Callable[[str], Variables], say: Say) -> Examples:
     """The examples, with what their loss needs of a reference (the policy's start, or `model.reference`).
 
@@ -115,6 +123,8 @@ def attach_reference(ready: Prepared, load: Callable[[str], Variables], say: Say
         moving = MovingReference(run, load_reference(ready, load), alpha=alpha, every=every)
         return Examples(train, held_out, moving, moving)
     if not stage.method.precompute_ref_log_probs:
+        if stage.model.offload_reference:
+            return Examples(train, held_out, offloaded_reference(ready, load_reference(ready, load)))
         return Examples(train, held_out, partial(run, load_reference(ready, load)))
     folder, reference = reference_folder(stage), cache(partial(load_reference, ready, load))
     dtypes = f"{stage.model.param_dtype} {resolve_dtype(stage.model.compute_dtype)}"

@@ -28,9 +28,11 @@ from jaxalign.methods.common import (
 from jaxalign.methods.offline import Layout, make_layout, pack_global, packing_report, split, split_length
 from jaxalign.methods.rollout import row_length
 from jaxalign.methods.running import with_carry
+from jaxalign.models.attention import Attention
 from jaxalign.models.config import DType
 from jaxalign.models.heads import score_config
 from jaxalign.run.adapting import adapted_config, check_adapting
+from jaxalign.run.kernels import check_offloading, choose_attention
 from jaxalign.run.scoring import check_rewards, reward_names
 from jaxalign.run.supervised import load_supervised
 from jaxalign.sharding import make_mesh, remesh
@@ -52,6 +54,7 @@ class Prepared:
       model: the policy's functions.
       layout: of batches.
       num_steps: optimiser steps of the stage.
+      attention: by what it is computed, and why.
       supervised: what is mixed into its batches, see `supervised`.
     """
 
@@ -62,6 +65,7 @@ class Prepared:
     model: models.Model
     layout: Layout
     num_steps: int
+    attention: str = "xla"
     supervised: data.Data | None = None
 
 
@@ -95,20 +99,25 @@ def prepare(stage: Stage) -> Prepared:
         if each is not None:
             check_examples(method, stage.method, each, stage.train.batch_size, name)
     mixed = load_supervised(stage, found.tokenizer, config)
-    layout = _layout(stage, [each for each in (found.train, found.eval) if each is not None], config, mesh, mixed)
+    examples = [each for each in (found.train, found.eval) if each is not None]
+    compute_dtype = resolve_dtype(stage.model.compute_dtype)
+    stage, attention = choose_attention(stage, examples, config, mesh, compute_dtype)
+    layout = _layout(stage, examples, config, mesh, mixed)
     model = models.build(
         config,
         param_dtype=stage.model.param_dtype,
-        compute_dtype=resolve_dtype(stage.model.compute_dtype),
+        compute_dtype=compute_dtype,
         remat=stage.model.remat,
+        attention=cast(Attention, stage.model.attention),
         mesh=mesh,
     )
     steps = stage.train.max_steps
     if steps < 1:
         steps = math.ceil(stage.train.num_train_epochs * steps_per_epoch(stage, found.epoch_size))
     make_optimizer(stage.optimizer, steps)
+    check_offloading(stage, mesh)
     check_writers(stage.log.report_to)
-    ready = Prepared(stage, method, mesh, found, model, layout, steps, mixed)
+    ready = Prepared(stage, method, mesh, found, model, layout, steps, attention, mixed)
     _check_evaluation(ready)
     return ready
 
@@ -255,7 +264,9 @@ def check_data(stage: Stage) -> tuple[data.Data, dict[str, float]]:
     good = _wrapped(stage, replace(found, train=good, eval=None), config).train
     check_examples(method, stage.method, good, stage.train.batch_size, "training")
     mixed = load_supervised(stage, found.tokenizer, config)
-    layout = _layout(stage, [good], config, make_mesh(stage.mesh), mixed)
+    mesh = make_mesh(stage.mesh)
+    stage, _ = choose_attention(stage, [good], config, mesh, resolve_dtype(stage.model.compute_dtype))
+    layout = _layout(stage, [good], config, mesh, mixed)
     if is_online(method):
         return found, {"row_length": layout.length}  # what is packed is yet to be drawn
     return found, packing_report(method, stage.method, good, layout)

@@ -33,6 +33,7 @@ from jaxalign.sharding import param_shardings
 from jaxalign.training import loop
 from jaxalign.training.checkpoint import Checkpoints
 from jaxalign.training.metrics import Interval, JsonLines, open_writers
+from jaxalign.training.offload import on_host
 from jaxalign.training.optimizer import make_optimizer
 from jaxalign.types import Variables
 
@@ -90,6 +91,7 @@ def run_stage(
         say(f"{title}: {len(ready.data.removed)} rows left out are in {folder / REMOVED}")
     shape = f"{ready.num_steps} steps of {stage.train.batch_size} examples in rows of {ready.layout.length} tokens"
     say(f"{title}: {shape}, computed in {resolve_dtype(stage.model.compute_dtype)}")
+    say(f"{title}: attention by {ready.attention}")
     shapes = jax.eval_shape(ready.model.init, jax.random.key(0))
     if line := describe_training(stage, ready.model.config, shapes):
         say(f"{title}: {line}")
@@ -165,6 +167,11 @@ def _train(
     init = functools.partial(ready.method.init, stage.method, begin.model, optimizer=optimizer, key=key)
     shapes = jax.eval_shape(init, begin.shapes)
     shardings = param_shardings(ready.mesh, shapes)
+    if stage.optimizer.offload:
+        shardings = (
+            replace(shardings[0], opt_state=on_host(shardings[0].opt_state, shapes[0].opt_state)),
+            shardings[1],
+        )
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes[0], shardings[0])
     restored = checkpoints.restore(like)
     if restored is None:

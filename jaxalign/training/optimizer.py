@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxalign.training.offload import offload
 from jaxalign.types import Array
 
 Schedule = Callable[[Array | int], jax.Array]
@@ -36,6 +37,7 @@ class Config:
       adafactor_clip_threshold: largest root mean square of a layer's update before the learning rate.
       adafactor_scale_parameter: multiply an update by the root mean square of its parameter.
       adafactor_min_dim_size_to_factor: a second moment is factored when its two largest axes are at least so long.
+      offload: keep its state in the host's memory between steps; see `training.offload`.
     """
 
     name: str = "adamw"
@@ -52,6 +54,7 @@ class Config:
     adafactor_clip_threshold: float = 1.0
     adafactor_scale_parameter: bool = False
     adafactor_min_dim_size_to_factor: int = 128
+    offload: bool = False
 
 
 def make_optimizer(config: Config, num_steps: int) -> tuple[optax.GradientTransformation, Schedule]:
@@ -72,7 +75,8 @@ def make_optimizer(config: Config, num_steps: int) -> tuple[optax.GradientTransf
     clip = [clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
     decay = [optax.add_decayed_weights(config.weight_decay, mask=decay_mask)] if config.weight_decay else []
     rate = optax.scale_by_learning_rate(schedule)  # pyright: ignore[reportArgumentType]
-    return optax.chain(*clip, OPTIMIZERS[config.name](config), *decay, rate), schedule
+    chain = optax.chain(*clip, OPTIMIZERS[config.name](config), *decay, rate)
+    return offload(chain) if config.offload else chain, schedule
 
 
 def make_schedule(config: Config, num_steps: int) -> Schedule:

@@ -1,4 +1,4 @@
-"""The command line: `jaxalign run`, `sample`, `eval`, `convert`, `data check`, `configs`."""
+"""The command line: `jaxalign run`, `sample`, `eval`, `plan`, `convert`, `data check`, `configs`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from jaxalign.plan_command import plan
+
 # Heavy imports happen inside the commands, so that `--help` answers at once.
 
 app = typer.Typer(
@@ -27,6 +29,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at data before training.
 configs_app = typer.Typer(no_args_is_help=True, help="Configs that come with jaxalign.")
 app.add_typer(data_app, name="data")
 app.add_typer(configs_app, name="configs")
+app.command()(plan)
 console = Console()
 
 ConfigPath = Annotated[

@@ -27,6 +27,7 @@ ORDER = (
     ("config",),
     ("run",),
     ("planning", "verify", "report"),
+    ("plan_command",),
     ("cli",),
     ("__main__",),
 )

@@ -78,6 +78,13 @@ class Parts:
     width: int = 0
 
 
+def pack_update(method: ModuleType, config: Any, experience: Experience, members: np.ndarray, layout: Layout) -> Batch:
+    """The host batch of an update that learns from some prompts of a rollout."""
+    names = method.fields(config)
+    batch = pack_prompts(experience, members, layout, share_prompt=config.share_prompt, fields=names)
+    return replace(batch, fields={**batch.fields, **method.batch_fields(config, experience, len(batch.present))})
+
+
 class NoSignalError(RuntimeError):
     """Dynamic sampling found too few groups whose scores differ."""
 
@@ -140,10 +147,7 @@ class OnlineSource:
         experience = self._experience
         assert experience is not None
         members = self._members(self._progress.update)
-        names = self._method.fields(self._config)
-        batch = pack_prompts(experience, members, self._layout, share_prompt=self._config.share_prompt, fields=names)
-        extra = self._method.batch_fields(self._config, experience, len(batch.present))
-        batch = place_batch(self._mesh, replace(batch, fields={**batch.fields, **extra}))
+        batch = place_batch(self._mesh, pack_update(self._method, self._config, experience, members, self._layout))
         self._progress.update += 1
         size = experience.num_generations
         own = (members[:, None] * size + np.arange(size)[None]).reshape(-1)

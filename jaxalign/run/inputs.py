@@ -19,7 +19,8 @@ from jaxalign.methods.offline import ExampleList
 from jaxalign.methods.reference import cache_key, precompute
 from jaxalign.models.identity import adapter_fingerprint
 from jaxalign.run.adapting import adapt
-from jaxalign.run.prepare import Prepared, resolve_dtype
+from jaxalign.run.prepare import Prepared
+from jaxalign.run.programs import make_reference_pass
 from jaxalign.sharding import param_shardings
 from jaxalign.types import Batch, Variables
 
@@ -109,7 +110,7 @@ def attach_reference(ready: Prepared, load: Callable[[str], Variables], say: Say
     if not needs_reference(ready.method, stage.method):
         return Examples(train, held_out, None)
     path = stage.model.reference or stage.model.path
-    run = jax.jit(ready.method.make_reference(stage.method, ready.model))
+    run = make_reference_pass(ready)
     if getattr(stage.method, "sync_ref_model", False):
         alpha, every = stage.method.ref_model_mixup_alpha, stage.method.ref_model_sync_steps
         moving = MovingReference(run, load_reference(ready, load), alpha=alpha, every=every)
@@ -117,7 +118,7 @@ def attach_reference(ready: Prepared, load: Callable[[str], Variables], say: Say
     if not stage.method.precompute_ref_log_probs:
         return Examples(train, held_out, partial(run, load_reference(ready, load)))
     folder, reference = reference_folder(stage), cache(partial(load_reference, ready, load))
-    dtypes = f"{stage.model.param_dtype} {resolve_dtype(stage.model.compute_dtype)}"
+    dtypes = f"{stage.model.param_dtype} {ready.compute_dtype}"
     fingerprint = f"{models.fingerprint(path)} {dtypes}"
     if stage.model.quantization is not None:
         fingerprint += f" {stage.model.quantization}"

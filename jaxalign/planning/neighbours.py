@@ -77,8 +77,10 @@ def what_fits(
     for changes, _ in zip(neighbours(stage, plan), range(most), strict=False):
         near = changed(stage, changes)
         try:
-            part = plan_stage(near, topology, mfu=plan.mfu, only=lambda program: program.name in failed)
-            found.append(Neighbour(changes, plan_stage(near, topology, mfu=plan.mfu) if part.fits else part))
+            part = plan_stage(near, topology, mfu=plan.mfu, only=failed)
+            if part.fits:
+                part = plan_stage(near, topology, mfu=plan.mfu, known=part.programs)
+            found.append(Neighbour(changes, part))
         except ValueError as error:
             found.append(Neighbour(changes, None, str(error)))
         if tell is not None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jaxalign import data
 from jaxalign.planning.assumed import assumed_data, has_data, without_data
 from jaxalign.planning.measure import Measured, measure
-from jaxalign.planning.programs import Program, stage_programs
+from jaxalign.planning.programs import stage_programs
 from jaxalign.planning.targets import Chip, chip_of, find_devices
 from jaxalign.run.prepare import Prepared, prepare
 from jaxalign.sections import Stage
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,12 @@ class Plan:
 
 
 def plan_stage(
-    stage: Stage, topology: str | None = None, *, mfu: float = 0.4, only: Callable[[Program], bool] | None = None
+    stage: Stage,
+    topology: str | None = None,
+    *,
+    mfu: float = 0.4,
+    only: Container[str] | None = None,
+    known: Sequence[Measured] = (),
 ) -> Plan:
     """Compiles a stage's programs for a slice or for this machine; nothing is loaded and nothing runs.
 
@@ -85,7 +88,8 @@ def plan_stage(
       stage: its inputs resolved to paths; of models only the config.json is read.
       topology: a TPU slice, for example `v5p:2x2x2`; None for this machine's devices.
       mfu: share of the peak at which the time of a step is given too, in (0, 1].
-      only: which programs to measure; all by default.
+      only: names of the programs to measure; all by default.
+      known: programs of this very stage and target that were measured before.
 
     Raises:
       FileNotFoundError: no such model.
@@ -96,8 +100,11 @@ def plan_stage(
     devices = find_devices(topology)
     ready, notes = prepare_plan(stage, devices)
     programs, chip = stage_programs(ready), chip_of(devices[0])
+    before = {each.name: each for each in known}
     found = tuple(
-        measure(each, programs, chip, len(devices)) for each in programs.programs if only is None or only(each)
+        before.get(each.name) or measure(each, programs, chip, len(devices))
+        for each in programs.programs
+        if only is None or each.name in only
     )
     rows = programs.programs[-1].arguments[2].rows.tokens
     title, mesh = stage.name or stage.method_name, {name: size for name, size in ready.mesh.shape.items()}

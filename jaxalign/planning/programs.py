@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxalign.methods import rollout
-from jaxalign.methods.common import is_online, needs_reference
+from jaxalign.methods.common import has_critic, is_online, needs_reference
 from jaxalign.methods.offline import make_batches
 from jaxalign.methods.online import pack_update
 from jaxalign.methods.running import carries, make_carry_program
@@ -161,6 +161,7 @@ def _online(ready: Prepared, key: jax.Array) -> Programs:
     training = make_training(ready, trained.model, trained.shapes, key)
     state, frozen = training.state, training.frozen
     held, taken = _trained(training), _trained(training)
+    held[PARAMETERS] = (state.params, _each_once(ready, frozen))
     beside: tuple[str, ...] = (PARAMETERS, OPTIMIZER)
     if needs_reference(method, stage.method):
         taken[REFERENCE] = placed(mesh, reference_shapes(ready))
@@ -179,9 +180,9 @@ def _online(ready: Prepared, key: jax.Array) -> Programs:
     members = np.arange(min(ready.layout.batch_size, len(experience.prompts)))
     host = rollout.pack_prompts(experience, members, ready.layout, share_prompt=stage.method.share_prompt)
     batch, parts = on_mesh(ready, host), len(experience.prompts) / len(members)
-    forwards = {"policy": forward_of_batch(ready.model.config, host)}
-    if (critic := getattr(trained.model, "value", None)) is not None and "value" in state.params:
-        forwards["value"] = forward_of_batch(critic.config, host)
+    critic = trained.model.value if has_critic(method) and "value" in state.params else None
+    models = {"policy": ready.model, **({} if critic is None else {"value": critic})}
+    forwards = {role: forward_of_batch(model.config, host) for role, model in models.items()}
     for name, (role, run) in make_field_passes(ready, trained.passes).items():
         variables = (taken[REFERENCE],) if role == "reference" else (state.params, frozen)
         takes = (REFERENCE,) if role == "reference" else (PARAMETERS,)
@@ -189,9 +190,7 @@ def _online(ready: Prepared, key: jax.Array) -> Programs:
         programs.append(Program(f"{name} pass", run, (*variables, batch), takes, beside, work, drawn * parts))
         experience = replace(experience, fields={**experience.fields, name: np.zeros(experience.tokens.shape, "f")})
     update = _update(ready, experience)
-    forwards = {
-        role: forward_of_batch((ready.model if role == "policy" else critic).config, update) for role in forwards
-    }
+    forwards = {role: forward_of_batch(model.config, update) for role, model in models.items()}
     forward = sum(forwards.values(), start=Work(0.0, 0.0, 0))
     work = training_of(forward, frozen=stage.lora is not None, remat=stage.model.remat)
     arguments = (state, frozen, on_mesh(ready, update))
@@ -202,6 +201,15 @@ def _online(ready: Prepared, key: jax.Array) -> Programs:
 def _trained(training: Training) -> dict[str, Any]:
     state = training.state
     return {PARAMETERS: (state.params, training.frozen), OPTIMIZER: (state.opt_state, state.step, state.key)}
+
+
+def _each_once(ready: Prepared, frozen: PyTree) -> PyTree:
+    """The frozen variables without what a critic that begins as the policy shares with it."""
+    if not has_critic(ready.method) or ready.stage.model.critic is not None or "value" not in frozen:
+        return frozen
+    shared = {(path, leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(frozen["policy"])}
+    own = [x for path, x in jax.tree_util.tree_leaves_with_path(frozen["value"]) if (path, x.shape) not in shared]
+    return frozen["policy"], own
 
 
 def _once(ready: Prepared) -> bool:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-console = Console()
+# Tables are wide; a pipe has no width.
+console = Console(width=None if sys.stdout.isatty() else 200)
 
 
 def plan(

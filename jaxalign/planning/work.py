@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,10 +38,9 @@ def forward_of_batch(config: ModelConfig, batch: Batch) -> Work:
     """
     real = np.asarray(batch.rows.documents) > 0
     seen = np.asarray(batch.rows.positions)[real].astype(np.int64) + 1
-    windows = [np.minimum(seen, window).sum() if window else seen.sum() for window in config.windows]
-    attended = int(np.sum(windows, dtype=np.float64) / config.num_layers)
+    attended = sum(int((np.minimum(seen, window) if window else seen).sum()) for window in config.windows)
     predictions = int((np.asarray(batch.predictions.completions) >= 0).sum())
-    flops = float(forward_flops(config, int(real.sum()), attended, predictions))
+    flops = _flops(config, int(real.sum()), attended, predictions)
     return Work(flops, flops, int(real.sum()))
 
 
@@ -63,12 +63,18 @@ def generation_of(config: ModelConfig, prompts: np.ndarray, completions: int, st
     lengths = np.asarray(prompts, np.int64)
     # Prefill reads all but a prompt's last token; drawing reads that one and all drawn tokens but the last.
     read, drawn = int((lengths - 1).sum()), len(lengths) * completions * steps
-    attended = 0.0
-    for window in config.windows:
+    attended = 0
+    for window, layers in Counter(config.windows).items():
         most = window or np.iinfo(np.int64).max
-        for length in lengths:
-            prefix = np.minimum(np.arange(1, length), most).sum()
-            decoded = np.minimum(np.arange(length, length + steps), most).sum()
-            attended += float(prefix + completions * decoded) / config.num_layers
-    flops = float(forward_flops(config, read + drawn, int(attended), drawn))
+        for length, prompts_of in Counter(lengths.tolist()).items():
+            prefix = int(np.minimum(np.arange(1, length), most).sum())
+            decoded = int(np.minimum(np.arange(length, length + steps), most).sum())
+            attended += layers * prompts_of * (prefix + completions * decoded)
+    flops = _flops(config, read + drawn, attended, drawn)
     return Work(flops, flops, drawn)
+
+
+def _flops(config: ModelConfig, tokens: int, attended: int, predictions: int) -> float:
+    """`forward_flops`, with the keys that are attended to summed over layers."""
+    scores = 4 * config.num_heads * config.head_dim * attended
+    return float(forward_flops(config, tokens, 0, predictions) + scores)

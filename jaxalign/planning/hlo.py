@@ -135,9 +135,10 @@ class _Reader:
 
     def _count(self, total: Traffic, computation: Computation, each: Instruction, depth: int) -> None:
         if each.op == "while":
-            known = _TRIPS.search(each.rest)
-            times = int(known[1]) if known else self._trips[depth] if depth < len(self._trips) else 1
-            total.add(self.read(_called(each, "body")[0], depth + (not known)), times)
+            known = self._length(each)
+            times = known if known is not None else self._trips[depth] if depth < len(self._trips) else 1
+            for part in ("body", "condition"):
+                total.add(self.read(_called(each, part)[0], depth + (known is None)), times)
         elif each.op == "conditional":
             names = _called(each, "branch_computations") or [
                 *_called(each, "true_computation"),
@@ -159,6 +160,18 @@ class _Reader:
                         _add_collective(total, kind, inside, inner, self._devices)
         if each.op not in FREE and not each.op.endswith("-done"):
             total.moved += self._moved(computation, each)
+
+    def _length(self, loop: Instruction) -> int | None:
+        """How often a loop runs: as XLA says, or (its TPU compiler does not) to where a counter from 0 is compared."""
+        known = _TRIPS.search(loop.rest)
+        if known:
+            return int(known[1])
+        condition = self._computations.get(_called(loop, "condition")[0], {})
+        root = next((each for each in condition.values() if each.root), None)
+        if root is None or root.op != "compare" or "direction=LT" not in root.rest:
+            return None
+        limits = [condition[name] for name in root.operands if name in condition and condition[name].op == "constant"]
+        return int(limits[0].arguments) if limits and limits[0].arguments.isdigit() else None
 
     def _moved(self, computation: Computation, each: Instruction) -> float:
         """Bytes of operands and result, where a slice stands for the array that it is of."""
@@ -267,6 +280,12 @@ def _group(rest: str, devices: int) -> int:
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
     if listed:
         return listed[1].count(",") + 1
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest)
+    if named:
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
+        # A part of an axis is written 'name':(before)size.
+        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part) if part else sizes[name] for name, part in parts)
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", rest)
     if iota:
         return int(iota[2])

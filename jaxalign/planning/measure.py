@@ -89,11 +89,10 @@ def measure(program: Program, programs: Programs, chip: Chip, devices: int) -> M
     taken = sum(device_bytes(programs.taken[name]) for name in program.takes)
     arguments = temporary = 0
     try:
-        compiled = program.compiled
+        compiled, seconds = program.timed
     except jax.errors.JaxRuntimeError as error:
         refused, temporary = True, _temporary(error, taken)
-        compiled = None
-    seconds = time.perf_counter() - start
+        compiled, seconds = None, time.perf_counter() - start
     if compiled is not None:
         sizes = compiled.memory_analysis()
         arguments = sizes.argument_size_in_bytes - taken

@@ -128,7 +128,7 @@ def test_work_of_a_step(bare, tmp_path):
     adapter = stage_programs(prepare_plan(stage_of(tmp_path, lora))[0])
     assert adapter.programs[0].work == Work(2 * forward, 2 * forward, read)
     # Adapters lie whole on every device, 4 numbers for each input and each output of the seven projections.
-    ends = 4 * (HEADS * DIM) * 2 + 2 * (WIDTH + KV * DIM) + 3 * (WIDTH + MLP)
+    ends = 2 * (WIDTH + HEADS * DIM) + 2 * (WIDTH + KV * DIM) + 3 * (WIDTH + MLP)
     assert device_bytes(adapter.held["parameters"]) == PARAMETERS + 4 * LAYERS * 4 * ends
     assert device_bytes(adapter.held["optimizer"]) == 2 * 4 * LAYERS * 4 * ends + 20
 

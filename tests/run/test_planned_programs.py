@@ -4,7 +4,7 @@ import pytest
 
 from jaxalign.config import parse_config
 from jaxalign.methods import rollout
-from jaxalign.planning import prepare_plan
+from jaxalign.planning import prepare_plan, programs
 from jaxalign.planning.programs import stage_programs
 from jaxalign.run import pick_stage, prepare
 from jaxalign.run.stage import run_stage
@@ -27,10 +27,10 @@ def dispatched(tmp_path, monkeypatch):
             texts["train step"] = step.lower(state, frozen, batch).compile().as_text()
             raise Caught
 
-        programs = rollout.draw_programs
+        made = rollout.draw_programs
 
         def watched(model, config, mesh):
-            decoding, generate = programs(model, config, mesh)
+            decoding, generate = made(model, config, mesh)
 
             def drawn(*arguments):
                 texts["rollout"] = generate.lower(*arguments).compile().as_text()
@@ -66,13 +66,12 @@ def body(text):
     ],
     ids=["preference", "sft-lora", "grpo"],
 )
-def test_the_programs_are_those_of_the_run(settings, changes, dispatched):
+def test_the_programs_are_those_of_the_run(settings, changes, dispatched, monkeypatch):
     settings = {**settings, **changes}
     kind = settings["method"]["name"]
     columns = {"sft": {"columns": {"completion": "chosen"}}, "grpo": {"max_prompt_length": 64}}.get(kind, {})
     settings["data"] = {**settings["data"], **columns}
-    # One micro-batch of few rows: every batch has the same shape, so that the largest one is the first one.
-    settings["train"] = {**settings["train"], "batch_size": 8, "micro_batch_size": 8, "row_length": 256}
+    monkeypatch.setattr(programs, "LOOKED_AT", 1)  # the batch that the run begins with
     stage = pick_stage(parse_config(settings), None)
     ready, notes = prepare_plan(stage)
     assert not any("no data" in note for note in notes)

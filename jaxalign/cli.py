@@ -1,4 +1,4 @@
-"""The command line: `jaxalign run`, `sample`, `eval`, `convert`, `data check`, `configs`."""
+"""The command line: `jaxalign run`, `sample`, `eval`, `plan`, `convert`, `data check`, `configs`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.table import Table
 
 from jaxalign.display import console, metrics_table, progress, show_completions, show_samples
 from jaxalign.display import say as _say
+from jaxalign.plan_command import plan
 
 # Heavy imports happen inside the commands, so that `--help` answers at once.
 
@@ -30,6 +31,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at data before training.
 configs_app = typer.Typer(no_args_is_help=True, help="Configs that come with jaxalign.")
 app.add_typer(data_app, name="data")
 app.add_typer(configs_app, name="configs")
+app.command()(plan)
 
 ConfigPath = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a config that comes with jaxalign.")

@@ -73,6 +73,7 @@ FOREIGN_NAMES = {
 # What a later stage may name of an earlier one: `<stage>.policy`, of a reward stage `<stage>.reward`, which are the
 # export; of a stage with a critic `<stage>.critic`, which is beside it.
 OUTPUTS = ("policy", "reward", "critic")
+NO_DATA = "(none)"  # in the place of `data.path`, where a plan does without
 SECTIONS: dict[str, type] = {
     "model": ModelSection,
     "lora": LoraSection,
@@ -88,8 +89,13 @@ SECTIONS: dict[str, type] = {
 TOP = ("name", "runs_dir", "stages", "compare", "method", *SECTIONS)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, data_needed: bool = True) -> RunConfig:
     """Reads a YAML file and applies `a.b=value` overrides (`stages.<name>.a.b=value` for one stage).
+
+    Args:
+      path: the file.
+      overrides: settings in the place of the file's.
+      data_needed: refuse a config without `data.path`; else `NO_DATA` stands there, for a plan.
 
     Raises:
       FileNotFoundError: no such file.
@@ -107,6 +113,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ValueError(f"{path}: a config is a mapping of sections, not {type(raw).__name__}")
     for override in overrides:
         raw = _override(raw, override)
+    if not data_needed and "stages" not in raw and not (raw.get("data") or {}).get("mixture"):
+        raw = {**raw, "data": {"path": NO_DATA, **(raw.get("data") or {})}}
     try:
         return parse_config(raw, default_name=path.stem)
     except ValueError as error:

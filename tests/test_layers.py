@@ -27,6 +27,7 @@ ORDER = (
     ("config",),
     ("run",),
     ("planning", "verify", "report", "display"),
+    ("plan_command",),
     ("cli",),
     ("__main__",),
 )

@@ -8,7 +8,7 @@ come from the run's key and these counters alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from types import ModuleType
 from typing import Any
@@ -67,6 +67,26 @@ class Parts:
     passes: Mapping[str, Pass] = field(default_factory=dict)
     width: int = 0
     supervised: Supervised | None = None
+
+
+def pack_update(
+    method: ModuleType,
+    config: Any,
+    experience: Experience,
+    members: np.ndarray,
+    layout: Layout,
+    supervised: Sequence[Mapping[str, Any]] = (),
+) -> Batch:
+    """The host batch of an update that learns from some prompts of a rollout, and from supervised examples."""
+    batch = pack_prompts(
+        experience,
+        members,
+        layout,
+        share_prompt=config.share_prompt,
+        fields=method.fields(config),
+        supervised=[method.to_supervised(each) for each in supervised],
+    )
+    return replace(batch, fields={**batch.fields, **method.batch_fields(config, experience, len(batch.present))})
 
 
 class NoSignalError(RuntimeError):
@@ -132,18 +152,9 @@ class OnlineSource:
         experience = self._experience
         assert experience is not None
         members = self._members(self._progress.update)
-        names = self._method.fields(self._config)
         mixed = self._take_supervised()
-        batch = pack_prompts(
-            experience,
-            members,
-            self._layout,
-            share_prompt=self._config.share_prompt,
-            fields=names,
-            supervised=[self._method.to_supervised(each) for each in mixed],
-        )
-        extra = self._method.batch_fields(self._config, experience, len(batch.present))
-        batch = place_batch(self._mesh, replace(batch, fields={**batch.fields, **extra}))
+        packed = pack_update(self._method, self._config, experience, members, self._layout, mixed)
+        batch = place_batch(self._mesh, packed)
         self._progress.update += 1
         size = experience.num_generations
         own = (members[:, None] * size + np.arange(size)[None]).reshape(-1)

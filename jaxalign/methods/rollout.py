@@ -44,21 +44,33 @@ def make_draw(
       decode: token ids as text; needed with `stops`.
     """
     shards = decode_shards(mesh)
-    # Every process packs from the whole rollout.
-    whole = replicated(mesh) if jax.process_count() > 1 else None
-    generate = jax.jit(sampling.make_generate(model, config, mesh if mesh.size > 1 else None), out_shardings=whole)
-    decoding = sampling.make_decoding(model, mesh if mesh.size > 1 else None)
+    decoding, generate = draw_programs(model, config, mesh)
 
     def draw(variables: Variables, prompts: Sequence[np.ndarray], key: jax.Array) -> Samples:
-        rows = -(-len(prompts) // shards) * shards
-        padded, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
-        for row, prompt in enumerate(prompts):
-            padded[row, : len(prompt)], lengths[row] = prompt, len(prompt)
+        padded, lengths = pad_prompts(prompts, width, shards)
         drawn = jax.device_get(generate(decoding(variables), padded, lengths, key))
         samples = sampling.first_samples(drawn, len(prompts) * config.num_generations)
         return samples if decode is None else sampling.truncate_samples(samples, decode, stops)
 
     return draw
+
+
+def pad_prompts(prompts: Sequence[np.ndarray], width: int, shards: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as int32 `[rows, width]` and their lengths `[rows]`; rows are a multiple of the shards."""
+    rows = -(-len(prompts) // shards) * shards
+    padded, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)], lengths[row] = prompt, len(prompt)
+    return padded, lengths
+
+
+def draw_programs(model: Model, config: SamplingConfig, mesh: Mesh) -> tuple[Any, Any]:
+    """The jitted programs of a rollout: variables -> those that decoding takes, and the sampler."""
+    several = mesh if mesh.size > 1 else None
+    # Every process packs from the whole rollout.
+    whole = replicated(mesh) if jax.process_count() > 1 else None
+    generate = jax.jit(sampling.make_generate(model, config, several), out_shardings=whole)
+    return sampling.make_decoding(model, several), generate
 
 
 def to_experience(

@@ -66,9 +66,14 @@ def carry_along(
     """The source, of a method that carries something one that keeps it."""
     if not carries(method, config):
         return source
-    step = method.make_carry(config, model)
-    jitted = jax.jit(lambda params, frozen, batch, carry: step(join_variables(params, frozen), batch, carry))
+    jitted = make_carry_program(method, config, model)
     return CarryingSource(source, method.start_carry(config), lambda params, *rest: jitted(params, frozen, *rest))
+
+
+def make_carry_program(method: ModuleType, config: Any, model: Model) -> Any:
+    """`(params, frozen, batch, carry) -> (batch, carry)`, jitted, of a method that carries something."""
+    step = method.make_carry(config, model)
+    return jax.jit(lambda params, frozen, batch, carry: step(join_variables(params, frozen), batch, carry))
 
 
 def with_carry(method: ModuleType, config: Any, batch: Batch, carry: PyTree | None = None) -> Batch:

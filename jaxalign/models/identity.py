@@ -51,8 +51,8 @@ def _sha256(file: Path, size: int, modified: int) -> str:
 
 
 def end_ids(config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end a completion: the transformers tokenizer's EOS, and those that the checkpoint names."""
-    known = [tokenizer.eos_token_id, *config.eos_ids]
+    """The ids that end a completion: the transformers tokenizer's EOS, if there is one, and those of the checkpoint."""
+    known = [None if tokenizer is None else tokenizer.eos_token_id, *config.eos_ids]
     return tuple(dict.fromkeys(id for id in known if isinstance(id, int)))
 
 

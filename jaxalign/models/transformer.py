@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxalign.models import context
 from jaxalign.models.attention import MASKS, MISFITS, Attention, Keys, cache_mask, cap, rows_mask
@@ -25,6 +25,7 @@ from jaxalign.models.lora import expand
 from jaxalign.models.remat import INPUT_NAME, POLICIES, Remat
 from jaxalign.models.rope import rope_frequencies, rotate
 from jaxalign.models.unrolling import outside_segments, repeat_name, unroll
+from jaxalign.sharding import BATCH_AXES, data_shards
 from jaxalign.types import Array, Predictions, PyTree, TokenRows, Variables
 
 
@@ -237,7 +238,9 @@ class _Pattern(nn.Module):
                 k, v = (layer_of(each, first_layer + place).astype(x.dtype) for each in (cache.k, cache.v))
                 cached = (Keys(k, v, cache_masks[kind]),)
             block = _Block(self.config, self.param_dtype, layer, self.mesh, name=f"block_{place}")
-            x, keys, of_block = block(x, angles[ropes.index(layer.rope)], masks[kind], weights, cached)
+            x, keys, of_block = block(
+                _by_rows(self.mesh, x, cache), angles[ropes.index(layer.rope)], masks[kind], weights, cached
+            )
             new.append(keys)
             sums.append(of_block)
         # Without a cache nobody wants the keys and values: stacking them would cost memory.
@@ -266,6 +269,7 @@ class _Decoder(nn.Module):
             x = x + embed(c.max_position, name="positions")(rows.positions)
         x = x.astype(self.compute_dtype) * c.embedding_multiplier
         x = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))(x)
+        x = _by_rows(self.mesh, x, cache)
         windows, ropes = _kinds(c)
         angles = tuple(_angles(rows, rope, c.head_dim) for rope in ropes)
         alone = cache is None or not cache.positions.shape[1]
@@ -302,7 +306,7 @@ class _Decoder(nn.Module):
             self.param("head", lambda key: {"kernel": normal(key, shape, self.param_dtype)})
         if c.score_head:
             self.param("score", lambda key: init_score_head(key, c, dtype=self.param_dtype))
-        x = residual_norm(c, self.param_dtype, "final_norm")(x)
+        x = residual_norm(c, self.param_dtype, "final_norm")(_by_rows(self.mesh, x, cache))
         return x, None if cache is None else write(cache, rows, new, x), add_sums(sums)
 
     def _scan(self, segment):
@@ -316,6 +320,21 @@ class _Decoder(nn.Module):
             in_axes=cast("Any", (0, *[nn.broadcast] * 5)),  # flax says nothing of its type but the default, 0
             length=segment.repeats,
         )
+
+
+def _by_rows(mesh: Mesh | None, x: jax.Array, cache: Cache | None) -> jax.Array:
+    """Hidden states `[rows, length, embed]` kept where their rows are.
+
+    XLA would else follow the parameters, which are split along the same axes: every device would read all rows and sum
+    parts of the hidden states. Decoding, whose rows a `shard_map` has split, says so itself.
+    """
+    if mesh is None or cache is not None or mesh.size == 1 or x.shape[0] % data_shards(mesh):
+        return x
+    # Where `context` has split the rows, the mesh that is meant is that of its `shard_map`.
+    around = jax.sharding.get_abstract_mesh()
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(around if around.manual_axes else mesh, PartitionSpec(BATCH_AXES))
+    )
 
 
 def _kinds(config: ModelConfig) -> tuple[list[int | None], list[Rope | None]]:

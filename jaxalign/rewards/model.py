@@ -16,6 +16,7 @@ from jaxalign.packing import first_fit
 from jaxalign.sharding import batch_shardings, data_shards, replicated
 from jaxalign.types import Array, Predictions, TokenRows, Variables
 
+CALL_TOKENS = 16_384
 Scorer = Callable[[Sequence[Sequence[int] | np.ndarray]], np.ndarray]
 
 
@@ -34,7 +35,9 @@ class Call:
     texts: np.ndarray
 
 
-def make_scorer(model: Model, variables: Variables, *, mesh: Mesh | None = None, call_tokens: int = 16_384) -> Scorer:
+def make_scorer(
+    model: Model, variables: Variables, *, mesh: Mesh | None = None, call_tokens: int = CALL_TOKENS
+) -> Scorer:
     """A function that scores token sequences, prompt and completion together, with a reward model.
 
     A score is read where transformers reads it: at the last token that is not `model.config.pad_id`. Texts are packed
@@ -51,18 +54,7 @@ def make_scorer(model: Model, variables: Variables, *, mesh: Mesh | None = None,
       and names its number.
     """
     config, shards = model.config, 1 if mesh is None else data_shards(mesh)
-    if config.score_labels != 1:
-        raise ValueError("this is a process reward model, which judges steps and no whole text")
-    if not config.score_head:
-        raise ValueError("this model has no score head: give a reward model, or models.add_score_head and train it")
-
-    def read(variables: Variables, rows: TokenRows, sources: Array) -> jax.Array:
-        rows, sources = jax.tree.map(lambda x: x[0], (rows, sources))
-        hidden, _, _ = model.apply(variables, rows)
-        asked = Predictions(*[jnp.asarray(sources)] * 4)  # of which the score head reads the sources alone
-        return model.predict(lambda own, states, _: model.scores(own, states), variables, hidden, asked)
-
-    run = jax.jit(read, out_shardings=None if mesh is None else replicated(mesh))
+    run = make_reader(model, mesh)
 
     def score(texts: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
         kept = [_until_read(config, number, text) for number, text in enumerate(texts)]
@@ -77,6 +69,23 @@ def make_scorer(model: Model, variables: Variables, *, mesh: Mesh | None = None,
         return scores
 
     return score
+
+
+def make_reader(model: Model, mesh: Mesh | None = None) -> Any:
+    """`(variables, rows, sources) -> float32 [rows, texts]`, jitted: the scores of a `Call`; see `make_scorer`."""
+    config = model.config
+    if config.score_labels != 1:
+        raise ValueError("this is a process reward model, which judges steps and no whole text")
+    if not config.score_head:
+        raise ValueError("this model has no score head: give a reward model, or models.add_score_head and train it")
+
+    def read(variables: Variables, rows: TokenRows, sources: Array) -> jax.Array:
+        rows, sources = jax.tree.map(lambda x: x[0], (rows, sources))
+        hidden, _, _ = model.apply(variables, rows)
+        asked = Predictions(*[jnp.asarray(sources)] * 4)  # of which the score head reads the sources alone
+        return model.predict(lambda own, states, _: model.scores(own, states), variables, hidden, asked)
+
+    return jax.jit(read, out_shardings=None if mesh is None else replicated(mesh))
 
 
 def pack_texts(texts: Sequence[np.ndarray], call_tokens: int, shards: int = 1) -> list[Call]:

@@ -19,9 +19,10 @@ from jaxalign.methods.offline import ExampleList
 from jaxalign.methods.reference import cache_key, precompute
 from jaxalign.models.identity import adapter_fingerprint
 from jaxalign.run.adapting import adapt
-from jaxalign.run.prepare import Prepared, resolve_dtype
+from jaxalign.run.prepare import Prepared
+from jaxalign.run.programs import make_reference_pass
 from jaxalign.sharding import param_shardings
-from jaxalign.training.offload import on_host, to_device
+from jaxalign.training.offload import on_host
 from jaxalign.types import Batch, Variables
 
 Say = Callable[[str], None]
@@ -98,13 +99,6 @@ def reference_folder(stage: Stage) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxalign" / "reference"
 
 
-def offloaded_reference(ready: Prepared, reference: Variables) -> Callable[[Batch], Batch]:
-    """The reference's pass, with its variables in the host's memory before and after."""
-    make = ready.method.make_reference(ready.stage.method, ready.model)
-    kept = jax.device_put(reference, on_host(jax.tree.map(lambda x: x.sharding, reference), reference))
-    return partial(jax.jit(lambda variables, batch: make(to_device(variables), batch)), kept)
-
-
 def attach_reference(ready: Prepared, load: Callable[[str], Variables], say: Say) -> Examples:
     """The examples, with what their loss needs of a reference (the policy's start, or `model.reference`).
 
@@ -117,17 +111,18 @@ def attach_reference(ready: Prepared, load: Callable[[str], Variables], say: Say
     if not needs_reference(ready.method, stage.method):
         return Examples(train, held_out, None)
     path = stage.model.reference or stage.model.path
-    run = jax.jit(ready.method.make_reference(stage.method, ready.model))
+    run = make_reference_pass(ready)
     if getattr(stage.method, "sync_ref_model", False):
         alpha, every = stage.method.ref_model_mixup_alpha, stage.method.ref_model_sync_steps
         moving = MovingReference(run, load_reference(ready, load), alpha=alpha, every=every)
         return Examples(train, held_out, moving, moving)
     if not stage.method.precompute_ref_log_probs:
+        reference = load_reference(ready, load)
         if stage.model.offload_reference:
-            return Examples(train, held_out, offloaded_reference(ready, load_reference(ready, load)))
-        return Examples(train, held_out, partial(run, load_reference(ready, load)))
+            reference = jax.device_put(reference, on_host(jax.tree.map(lambda x: x.sharding, reference), reference))
+        return Examples(train, held_out, partial(run, reference))
     folder, reference = reference_folder(stage), cache(partial(load_reference, ready, load))
-    dtypes = f"{stage.model.param_dtype} {resolve_dtype(stage.model.compute_dtype)}"
+    dtypes = f"{stage.model.param_dtype} {ready.compute_dtype}"
     fingerprint = f"{models.fingerprint(path)} {dtypes}"
     if stage.model.quantization is not None:
         fingerprint += f" {stage.model.quantization}"

@@ -18,11 +18,12 @@ from jaxalign.methods.rollout import Draw, Pass, make_draw, reward_metrics, roll
 from jaxalign.rewards.model import make_scorer
 from jaxalign.run.adapting import adapt
 from jaxalign.run.inputs import ADAPTER, HEAD, load_start
-from jaxalign.run.prepare import Prepared, resolve_dtype, sampling_config
+from jaxalign.run.prepare import Prepared, sampling_config
+from jaxalign.run.programs import base_shapes, make_field_passes
 from jaxalign.run.scoring import load_functions, reward_names
 from jaxalign.run.supervised import make_supervised
 from jaxalign.sampling import bucket_width
-from jaxalign.sharding import remesh
+from jaxalign.sharding import Mesh, remesh
 from jaxalign.training.loop import Evaluate, OnSample
 from jaxalign.types import Experience, Mean, Metrics, PyTree, Variables
 
@@ -101,15 +102,19 @@ def prompt_width(ready: Prepared) -> int:
     return bucket_width(max(int(each.lengths["prompt"].max()) for each in sets))
 
 
+def draw_mesh(ready: Prepared) -> Mesh:
+    """The devices with the axes' sizes that drawing has."""
+    return remesh(ready.mesh, ready.stage.rollout.mesh, "rollout.mesh")
+
+
 def draw_with(ready: Prepared, config: sampling.Config, width: int) -> Draw:
     """The stage's sampler."""
 
     def decode(ids: Sequence[int]) -> str:
         return str(ready.data.tokenizer.decode(ids))  # a stop string may be a special token
 
-    rollout = ready.stage.rollout
-    mesh = remesh(ready.mesh, rollout.mesh, "rollout.mesh")
-    return make_draw(ready.model, config, mesh, width=width, stops=rollout.stop, decode=decode)
+    stops = ready.stage.rollout.stop
+    return make_draw(ready.model, config, draw_mesh(ready), width=width, stops=stops, decode=decode)
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ def online_models(ready: Prepared, key: jax.Array, load: Callable[[str], Variabl
     """
     stage, method = ready.stage, ready.method
     logps = method.make_logps(stage.method, ready.model)
-    shapes = jax.eval_shape(ready.model.init, key)
+    shapes = base_shapes(ready.model, stage.model.quantization)
     passes = {
         "reference": logps,
         "policy": lambda params, frozen, batch: logps(language_model(ready, method.policy_of(params, frozen)), batch),
@@ -165,7 +170,7 @@ def online_models(ready: Prepared, key: jax.Array, load: Callable[[str], Variabl
             for role, each in by_role.items()
         }
 
-    by_role = jax.eval_shape(begin, shapes, None if other is None else jax.eval_shape(other.init, key))
+    by_role = jax.eval_shape(begin, shapes, None if other is None else base_shapes(other, stage.model.quantization))
 
     def load_both() -> dict[str, Variables]:
         critic = None
@@ -192,10 +197,8 @@ def make_passes(
         `(variables, batch)`.
       frozen: the frozen variables.
     """
-    narrow = resolve_dtype(ready.stage.model.compute_dtype) != "float32"
     found: dict[str, Pass] = {}
-    for name, role in ready.method.passes(ready.stage.method, narrow=narrow).items():
-        run = jax.jit(functions[role])
+    for name, (role, run) in make_field_passes(ready, functions).items():
         if role == "reference":
             variables = reference()
             found[name] = lambda params, batch, run=run, variables=variables: run(variables, batch)
@@ -307,12 +310,22 @@ def language_model(ready: Prepared, variables: Variables) -> Variables:
     return {kind: keep(tree) if kind in ("params", "frozen") else tree for kind, tree in variables.items()}
 
 
+def scorer_model(ready: Prepared, path: str) -> models.Model:
+    """The functions of a reward model, as `_load_scorer` has them."""
+    return models.build(
+        models.load_config(path),
+        param_dtype=ready.stage.model.param_dtype,
+        compute_dtype=ready.compute_dtype,
+        mesh=ready.mesh,
+    )
+
+
 def _load_scorer(ready: Prepared, path: str) -> Callable[[list[np.ndarray]], np.ndarray]:
     model, variables = models.load(
         path,
         mesh=ready.mesh,
         param_dtype=ready.stage.model.param_dtype,
-        compute_dtype=resolve_dtype(ready.stage.model.compute_dtype),
+        compute_dtype=ready.compute_dtype,
     )
     return make_scorer(model, variables, mesh=ready.mesh if ready.mesh.size > 1 else None)
 

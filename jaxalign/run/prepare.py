@@ -68,21 +68,32 @@ class Prepared:
     attention: str = "xla"
     supervised: data.Data | None = None
 
+    @property
+    def compute_dtype(self) -> DType:
+        """The dtype of activations and matrix products."""
+        return resolve_dtype(self.stage.model.compute_dtype, self.mesh)
 
-def resolve_dtype(name: str) -> DType:
-    """`auto` as bfloat16 on GPU and TPU, float32 on CPU, where bfloat16 is slower."""
-    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+def resolve_dtype(name: str, mesh: Mesh | None = None) -> DType:
+    """`auto` as bfloat16 on GPU and TPU, float32 on CPU, where bfloat16 is slower; without a mesh of this machine."""
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    auto = "float32" if device.platform == "cpu" else "bfloat16"
     return cast(DType, auto if name == "auto" else name)
 
 
-def prepare(stage: Stage) -> Prepared:
+def prepare(stage: Stage, *, devices: list | None = None, found: data.Data | None = None) -> Prepared:
     """Reads config, tokenizer and data, and checks that they fit each other and the devices.
+
+    Args:
+      stage: the config, its inputs resolved to paths.
+      devices: where it will run; this machine's by default.
+      found: the data, where they are not to be read.
 
     Raises:
       FileNotFoundError: no such model or data.
       ValueError: anything else that cannot work; names the file, line or key.
     """
-    method, mesh = METHODS[stage.method_name], make_mesh(stage.mesh)
+    method, mesh = METHODS[stage.method_name], make_mesh(stage.mesh, devices)
     remesh(mesh, stage.rollout.mesh, "rollout.mesh")
     config = _heads(stage, models.load_config(stage.model.path))
     shapes = jax.eval_shape(models.build(config).init, jax.random.key(0))
@@ -92,7 +103,8 @@ def prepare(stage: Stage) -> Prepared:
         raise ValueError(
             f"data.max_length={stage.data.max_length} exceeds the model's context of {config.max_position}"
         )
-    found = data.load(_data_config(stage), models.load_tokenizer(stage.model.path), method.KIND)
+    if found is None:
+        found = data.load(_data_config(stage), models.load_tokenizer(stage.model.path), method.KIND)
     check_streaming(stage, found)
     found = _wrapped(stage, found, config)
     for name, each in (("training", found.train), ("evaluation", found.eval)):
@@ -100,7 +112,7 @@ def prepare(stage: Stage) -> Prepared:
             check_examples(method, stage.method, each, stage.train.batch_size, name)
     mixed = load_supervised(stage, found.tokenizer, config)
     examples = [each for each in (found.train, found.eval) if each is not None]
-    compute_dtype = resolve_dtype(stage.model.compute_dtype)
+    compute_dtype = resolve_dtype(stage.model.compute_dtype, mesh)
     stage, attention = choose_attention(stage, examples, config, mesh, compute_dtype)
     layout = _layout(stage, examples, config, mesh, mixed)
     model = models.build(

@@ -50,6 +50,7 @@ def check_rewards(ready: Prepared) -> None:
             f"method.reward_weights has {len(weights)} numbers for {len(section.rewards)} rewards; give one for each "
             "here, or none here and `weight` beside each reward"
         )
+    planned = ready.data.tokenizer is None  # without data there are no columns and no tokenizer to look at
     sets = [each for each in (ready.data.train, ready.data.eval) if each is not None]
     longest = max(int(each.lengths["prompt"].max()) for each in sets)
     for number, function in enumerate(load_functions(section)):
@@ -57,7 +58,7 @@ def check_rewards(ready: Prepared) -> None:
             if function is None:
                 _check_model(ready, section.rewards[number].model or "", longest)
                 continue
-            for each in sets:
+            for each in [] if planned else sets:
                 columns = each.row(0) if each.rows is not None else {}
                 function.check_columns([*columns, "completion_ids"])
         except ValueError as error:
@@ -65,7 +66,8 @@ def check_rewards(ready: Prepared) -> None:
 
 
 def _check_model(ready: Prepared, path: str, longest: int) -> None:
-    check_same_tokenizer(ready.data.tokenizer, models.load_tokenizer(path))
+    if ready.data.tokenizer is not None:
+        check_same_tokenizer(ready.data.tokenizer, models.load_tokenizer(path))
     config = models.load_config(path)
     if config.score_labels != 1:
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -25,16 +24,14 @@ from jaxalign.run.inputs import Say
 from jaxalign.run.online import (
     language_model,
 )
-from jaxalign.run.prepare import Prepared, best_metric, resolve_dtype, steps_per_epoch
+from jaxalign.run.prepare import Prepared, best_metric, steps_per_epoch
+from jaxalign.run.programs import make_training
 from jaxalign.run.scores import finish_scores
 from jaxalign.run.start import offline_start, online_start
 from jaxalign.run.stream import REMOVED, write_removed
-from jaxalign.sharding import param_shardings
 from jaxalign.training import loop
 from jaxalign.training.checkpoint import Checkpoints
 from jaxalign.training.metrics import Interval, JsonLines, open_writers
-from jaxalign.training.offload import on_host
-from jaxalign.training.optimizer import make_optimizer
 from jaxalign.types import Variables
 
 Progress = Callable[[int, Mapping[str, float]], None]
@@ -90,7 +87,7 @@ def run_stage(
         write_removed(folder / REMOVED, ready.data.removed)
         say(f"{title}: {len(ready.data.removed)} rows left out are in {folder / REMOVED}")
     shape = f"{ready.num_steps} steps of {stage.train.batch_size} examples in rows of {ready.layout.length} tokens"
-    say(f"{title}: {shape}, computed in {resolve_dtype(stage.model.compute_dtype)}")
+    say(f"{title}: {shape}, computed in {ready.compute_dtype}")
     say(f"{title}: attention by {ready.attention}")
     shapes = jax.eval_shape(ready.model.init, jax.random.key(0))
     if line := describe_training(stage, ready.model.config, shapes):
@@ -161,37 +158,26 @@ def _train(
 ) -> tuple[loop.FitResult, Any, Any]:
     """The result of training, what was frozen in it, and the model or models."""
     stage = ready.stage
-    optimizer, schedule = make_optimizer(stage.optimizer, ready.num_steps)
     key = jax.random.key(stage.train.seed)
     begin = online_start(ready, key, say) if is_online(ready.method) else offline_start(ready, folder, key, say)
-    init = functools.partial(ready.method.init, stage.method, begin.model, optimizer=optimizer, key=key)
-    shapes = jax.eval_shape(init, begin.shapes)
-    shardings = param_shardings(ready.mesh, shapes)
-    if stage.optimizer.offload:
-        shardings = (
-            replace(shardings[0], opt_state=on_host(shardings[0].opt_state, shapes[0].opt_state)),
-            shardings[1],
-        )
-    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes[0], shardings[0])
-    restored = checkpoints.restore(like)
+    training = make_training(ready, begin.model, begin.shapes, key)
+    restored = checkpoints.restore(training.state)
     if restored is None:
         params, frozen = split_start(ready.method, begin.load())
         # What nobody else uses becomes the state without a second copy, and what is frozen stays where it is.
         born = jax.jit(
-            lambda params, frozen: init(join_variables(params, frozen))[0],
-            out_shardings=shardings[0],
+            lambda params, frozen: training.init(join_variables(params, frozen))[0],
+            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, training.state),
             donate_argnums=() if begin.shared else (0,),
         )
         state = born(params, frozen)
         del params
     else:
         say(f"continuing after step {restored.step}")
-        state, frozen = restored.state, shapes[1]
+        state, frozen = restored.state, training.frozen
         if jax.tree.leaves(frozen):
             _, frozen = split_start(ready.method, begin.load())
     pieces = begin.pieces(frozen)
-    make_step = ready.method.make_step(stage.method, begin.model, optimizer, schedule)
-    step = jax.jit(make_step, donate_argnums=0, out_shardings=(shardings[0], None))
     resume_step = restored.step if restored else None
     with ExitStack() as stack:
         title = stage.name or stage.method_name
@@ -208,7 +194,7 @@ def _train(
         result = loop.fit(
             state,
             frozen,
-            step,
+            training.step,
             pieces.source,
             _loop_config(ready),
             checkpoints=checkpoints,
@@ -239,7 +225,7 @@ def _loop_config(ready: Prepared) -> loop.Config:
         early_stopping_threshold=train.early_stopping_threshold,
         samples_per_step=train.batch_size,
         flops_per_step=_flops_per_step(ready),
-        peak_flops=peak_flops(ready.mesh, resolve_dtype(ready.stage.model.compute_dtype)),
+        peak_flops=peak_flops(ready.mesh, ready.compute_dtype),
     )
 
 

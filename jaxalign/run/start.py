@@ -16,7 +16,6 @@ from jaxalign.methods.moving_reference import FollowingSource
 from jaxalign.methods.offline import OfflineSource, make_source
 from jaxalign.methods.online import OnlineSource
 from jaxalign.methods.running import CarryingSource, carry_along
-from jaxalign.run.adapting import adapt
 from jaxalign.run.evaluate import make_evaluate
 from jaxalign.run.inputs import Examples, Say, attach_reference, load_policy, load_reference, load_start
 from jaxalign.run.online import (
@@ -28,6 +27,7 @@ from jaxalign.run.online import (
     online_models,
 )
 from jaxalign.run.prepare import Prepared
+from jaxalign.run.programs import start_shapes
 from jaxalign.run.stream import make_stream_source
 from jaxalign.training import loop
 from jaxalign.types import Variables
@@ -77,8 +77,7 @@ def offline_start(ready: Prepared, folder: Path, key: jax.Array, say: Say) -> St
     # A live reference may be these very variables; one that moves has a copy.
     live = examples.fill is not None and examples.moving is None
     shared = live and stage.model.reference in (None, stage.model.path)
-    shapes = jax.eval_shape(lambda key: adapt(stage, ready.model.config, ready.model.init(key), key), key)
-    return Start(ready.model, shapes, lambda: load_start(ready, load), shared, pieces)
+    return Start(ready.model, start_shapes(ready, key), lambda: load_start(ready, load), shared, pieces)
 
 
 def online_start(ready: Prepared, key: jax.Array, say: Say) -> Start:

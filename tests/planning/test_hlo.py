@@ -1,0 +1,87 @@
+"""Traffic of a program from its text: loops, fusions, slices, and the ring's share of each collective."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxalign.planning.hlo import parse, size, traffic
+
+TEXT = """\
+HloModule tiny, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%fused (p0: f32[6,100], p1: s32[]) -> f32[1,100] {
+  %p0 = f32[6,100]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  ROOT %cut = f32[1,100]{1,0} dynamic-slice(%p0, %p1, %p1), dynamic_slice_sizes={1,100}
+}
+
+%body (s: (s32[], f32[6,100])) -> (s32[], f32[6,100]) {
+  %s = (s32[], f32[6,100]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %x = f32[6,100]{1,0} get-tuple-element(%s), index=1
+  %row = f32[1,100]{1,0} fusion(%x, %i), kind=kLoop, calls=%fused
+  %all = f32[4,100]{1,0} all-gather(%row), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  %one = f32[100]{0} all-reduce(%row), channel_id=2, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+  ROOT %t = (s32[], f32[6,100]{1,0}) tuple(%i, %x)
+}
+
+%condition (s: (s32[], f32[6,100])) -> pred[] {
+  %s = (s32[], f32[6,100]{1,0}) parameter(0)
+  ROOT %yes = pred[] constant(true)
+}
+
+ENTRY %main (x: f32[6,100]) -> f32[6,100] {
+  %x = f32[6,100]{1,0} parameter(0)
+  %fast = f32[6,100]{1,0:T(8,128)S(1)} copy(%x)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[6,100]{1,0}) tuple(%zero, %x)
+  %known = (s32[], f32[6,100]{1,0}) while(%start), condition=%condition, body=%body, LOOPS
+  ROOT %out = f32[6,100]{1,0} get-tuple-element(%known), index=1
+}
+"""
+
+
+@pytest.mark.parametrize(("loops", "times"), [('backend_config={"known_trip_count":{"n":"5"}}', 5), ("metadata={}", 7)])
+def test_a_loop_counts_as_often_as_it_runs(loops, times):
+    found = traffic(TEXT.replace("LOOPS", loops), trips=(7,), devices=8)
+    # Per turn: all-gather of 1,600 bytes among 4, all-reduce of 400 bytes between 2.
+    assert found.collectives == {"all-gather": (times, times * 1600.0), "all-reduce": (times, times * 400.0)}
+    assert found.wire == times * (1600 * 3 / 4 + 2 * 400 * 1 / 2)
+    # The fusion reads one row of the six (and the number); the copy's target is not in memory.
+    turn = (400 + 4 + 400) + (1600 + 400) + (400 + 400)
+    assert found.moved == 2400 + times * turn
+
+
+def test_sizes():
+    assert size("(bf16[2,3]{1,0:T(8,128)(2,1)}, pred[5]{0}, f8e4m3fn[4]{0}, s4[8], f32[])") == 12 + 5 + 4 + 4 + 4
+    assert size("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, pred[5]{0})", memory=True) == 5
+
+
+def test_collectives_of_a_compiled_scan():
+    """Six layers whose weights are split over four devices: each is gathered once per layer, forward alone."""
+    mesh = Mesh(jax.devices()[:4], ("fsdp",), axis_types=(AxisType.Auto,))
+    whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "fsdp"))
+    rows = NamedSharding(mesh, P("fsdp"))
+
+    def run(x, weights):
+        def layer(x, w):
+            return jnp.tanh(x @ jax.lax.with_sharding_constraint(w, whole)), None
+
+        return jax.lax.scan(layer, jax.lax.with_sharding_constraint(x, rows), weights)[0].sum()
+
+    x = jax.ShapeDtypeStruct((8, 32), jnp.float32, sharding=rows)
+    weights = jax.ShapeDtypeStruct((6, 32, 32), jnp.float32, sharding=split)
+    text = jax.jit(run).lower(x, weights).compile().as_text()
+    found = traffic(text, devices=4)
+    assert found.collectives["all-gather"] == (6, 6 * 32 * 32 * 4.0)
+    assert found.collectives["all-reduce"] == (1, 4.0)
+    assert found.wire == 6 * 4096 * 3 / 4 + 2 * 4 * 3 / 4
+    assert parse(text)[1]

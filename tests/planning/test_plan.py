@@ -1,0 +1,247 @@
+"""`jaxalign plan`: the programs are those of the run, and its figures are what can be worked out by hand."""
+
+import importlib.util
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from jaxalign.cli import app
+from jaxalign.config import load_config
+from jaxalign.models import load_config as load_model_config
+from jaxalign.planning import plan_stage, prepare_plan, what_fits
+from jaxalign.planning.programs import device_bytes, stage_programs
+from jaxalign.planning.work import Work, forward_of_batch, generation_of
+from jaxalign.run import pick_stage
+from jaxalign.types import Batch, Predictions, TokenRows
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jaxalign[tpu]'"
+)
+LAYERS, WIDTH, HEADS, KV, DIM, MLP, VOCAB = 2, 64, 4, 2, 16, 128, 320
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A folder with a config.json and nothing else."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": WIDTH,
+        "intermediate_size": MLP,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV,
+        "head_dim": DIM,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "eos_token_id": 2,
+    }
+    for name, more in {
+        "bare": {},
+        "scorer": {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({**config, **more, "pad_token_id": 0}))
+    return tmp_path / "bare"
+
+
+def stage_of(tmp_path, settings):
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return pick_stage(load_config(path, data_needed=False), None)
+
+
+def offline(bare, method, **train):
+    return {
+        "model": {"path": str(bare)},
+        "data": {"max_length": 128},
+        "method": method,
+        "mesh": {"data": 2, "fsdp": 4},
+        "train": {"batch_size": 16, "micro_batch_size": 8, "max_steps": 3, **train},
+    }
+
+
+# Every matrix is split over the four devices of `fsdp`; norms are whole.
+MATRICES = (
+    2 * VOCAB * WIDTH
+    + LAYERS * (WIDTH * DIM * (2 * HEADS + 2 * KV) + 3 * WIDTH * MLP)
+)  # fmt: skip
+NORMS = WIDTH * (2 * LAYERS + 1)
+PARAMETERS = 4 * (MATRICES // 4 + NORMS)
+
+
+def test_memory_by_hand(bare, tmp_path):
+    plan = plan_stage(stage_of(tmp_path, offline(bare, {"name": "preference"})))
+    reference, step = plan.programs
+    assert (reference.name, step.name) == ("reference pass", "train step")
+    assert step.memory.parameters == PARAMETERS
+    # AdamW: two moments; its two counters, the step's number and the key.
+    assert step.memory.optimizer == 2 * PARAMETERS + 2 * 4 + 4 + 8
+    # The reference is a copy of its own, there while the policy trains.
+    assert step.memory.models == reference.memory.models == PARAMETERS
+    # A batch of 2 micro-batches, one row of 192 tokens a device (64 of prompt and 2 x 63 read, in multiples of 32) ...
+    assert plan.shape == (2, 8, 192)
+    tokens, predictions = 2 * 1 * 192 * 4 * 4, 2 * 1 * 128 * 4 * 4
+    # ... and every device knows which completions there are (2 x 16). The step is given what the reference says of each
+    assert reference.memory.arguments == tokens + predictions + 2 * 16 * 4
+    # prediction, and does not read their `steps`, so that these are no argument of it.
+    assert step.memory.arguments == reference.memory.arguments
+    assert step.memory.temporary > PARAMETERS  # gradients, at least
+    assert plan.peak == max(each.memory.total for each in plan.programs)
+
+
+def test_flops_by_hand(bare):
+    config = load_model_config(bare)
+    # Two documents of 3 and 2 tokens and three cells of padding; a prediction for each of three tokens.
+    documents, positions = np.array([[[1, 1, 1, 2, 2, 0, 0, 0]]]), np.array([[[0, 1, 2, 0, 1, 0, 0, 0]]])
+    completions = np.array([[[0, 0, 1, -1]]])
+    rows = TokenRows(documents, positions, documents, documents * 0)
+    batch = Batch(rows, Predictions(completions, completions, completions, completions), np.ones((1, 2)))
+    blocks = LAYERS * (WIDTH * DIM * (2 * HEADS + 2 * KV) + 3 * WIDTH * MLP)
+    attended = (1 + 2 + 3) + (1 + 2)
+    by_hand = 2 * blocks * 5 + 4 * LAYERS * HEADS * DIM * attended + 2 * VOCAB * WIDTH * 3
+    assert forward_of_batch(config, batch).flops == by_hand
+    windowed = replace(config, windows=(None, 2))
+    assert forward_of_batch(windowed, batch).flops == by_hand - 4 * HEADS * DIM * 1  # one token sees a key less
+    # A prompt of 3, two completions of 2: prefill reads 2 tokens, drawing reads 4, at 3 and 4 keys each.
+    drawn = 2 * blocks * 6 + 4 * LAYERS * HEADS * DIM * (1 + 2 + 2 * (3 + 4)) + 2 * VOCAB * WIDTH * 4
+    assert generation_of(config, np.array([3]), 2, 2).flops == drawn
+
+
+def test_work_of_a_step(bare, tmp_path):
+    full = stage_programs(prepare_plan(stage_of(tmp_path, offline(bare, {"name": "sft"})))[0])
+    blocks = LAYERS * (WIDTH * DIM * (2 * HEADS + 2 * KV) + 3 * WIDTH * MLP)
+    # 16 examples: 64 of 128 tokens are targets; the last is only a target and is not read.
+    read, attended, targets = 16 * 127, 16 * 127 * 128 // 2, 16 * 64
+    forward = 2 * blocks * read + 4 * LAYERS * HEADS * DIM * attended + 2 * VOCAB * WIDTH * targets
+    assert full.programs[0].work == Work(3 * forward, 4 * forward, read)
+    lora = {**offline(bare, {"name": "sft"}), "lora": {"r": 4}}
+    lora["model"]["remat"] = "none"
+    adapter = stage_programs(prepare_plan(stage_of(tmp_path, lora))[0])
+    assert adapter.programs[0].work == Work(2 * forward, 2 * forward, read)
+    # Adapters lie whole on every device, 4 numbers for each input and each output of the seven projections.
+    ends = 2 * (WIDTH + HEADS * DIM) + 2 * (WIDTH + KV * DIM) + 3 * (WIDTH + MLP)
+    assert device_bytes(adapter.held["parameters"]) == PARAMETERS + 4 * LAYERS * 4 * ends
+    assert device_bytes(adapter.held["optimizer"]) == 2 * 4 * LAYERS * 4 * ends + 20
+
+
+def online(bare, method, **changes):
+    return {
+        "model": {"path": str(bare)},
+        "data": {"max_length": 33, "max_prompt_length": 32},
+        "method": {"max_completion_length": 16, **method},
+        "mesh": {"data": 2, "fsdp": 4},
+        "train": {"batch_size": 8, "max_steps": 3},
+        **changes,
+    }
+
+
+def test_ppo_with_critic_and_reward_model(bare, tmp_path):
+    scorer = str(bare.parent / "scorer")
+    settings = online(bare, {"name": "ppo", "critic": "separate"}, rollout={"rewards": [{"model": scorer}]})
+    settings["model"]["critic"] = scorer
+    plan = plan_stage(stage_of(tmp_path, settings))
+    names = ["decoding copy", "rollout", "reward model pass", "values pass", "ref_logps pass", "train step"]
+    assert sorted(each.name for each in plan.programs) == sorted(names)
+    found = {each.name: each for each in plan.programs}
+    critic = PARAMETERS - 4 * VOCAB * WIDTH // 4 + 4 * WIDTH // 4  # a score head in the LM head's place
+    assert found["train step"].memory.parameters == PARAMETERS + critic
+    # Reference and reward model; while drawing also a whole copy of the policy, for each data shard decodes by itself.
+    assert found["train step"].memory.models == PARAMETERS + critic
+    assert found["rollout"].memory.models == PARAMETERS + critic + 4 * (MATRICES + NORMS)
+    # A rollout of 8 prompts serves 4 epochs; keys and values of 16 cells a layer lie among the temporaries.
+    assert found["rollout"].runs == 1 / 4
+    assert found["rollout"].tokens == 8 * 16
+    cache = 2 * LAYERS * KV * DIM * 4 * (32 + 16)
+    assert found["rollout"].memory.temporary > cache
+
+
+def test_grpo_decodes_as_often_as_it_says(bare, tmp_path):
+    rewards = {"rewards": [{"name": "regex", "options": {"pattern": "a"}}]}
+    mesh = {"data": 1, "tensor": 4, "fsdp": 2}
+    found = []
+    for steps in (16, 32):
+        method = {"name": "grpo", "num_generations": 2, "max_completion_length": steps}
+        stage = stage_of(tmp_path, online(bare, method, rollout=rewards, mesh=mesh))
+        found += plan_stage(stage, only={"rollout"}).programs
+    short, long = found
+    # The sums over `tensor` run per layer and token: twice the tokens, twice the sums, but for the prompt's.
+    counts = [each.traffic.collectives["all-reduce"][0] for each in found]
+    assert counts[1] > 1.7 * counts[0]
+    assert long.traffic.moved - short.traffic.moved > 16 * PARAMETERS / 4
+
+
+def test_a_suggestion_is_compiled(bare, tmp_path):
+    settings = offline(bare, {"name": "sft"}, batch_size=32, micro_batch_size=32)
+    settings["model"]["remat"] = "none"
+    stage = stage_of(tmp_path, settings)
+    plan = plan_stage(stage)
+    chip = replace(plan.chip, memory=plan.peak * 0.5)
+    small = replace(plan, chip=chip, programs=tuple(replace(each, fits=False) for each in plan.programs))
+    assert not small.fits
+    told = []
+    found = what_fits(stage, small, None, most=1, tell=told.append)
+    assert told == found
+    assert found[0].changes == {"model.remat": "full"}
+    assert found[0].plan is not None
+    assert found[0].plan.peak < plan.peak
+
+
+def test_command(bare, tmp_path):
+    path, output = tmp_path / "plan.yaml", tmp_path / "plan.json"
+    path.write_text(yaml.safe_dump(offline(bare, {"name": "sft"})))
+    shown = CliRunner().invoke(app, ["plan", str(path), "--json", str(output)], catch_exceptions=False)
+    assert shown.exit_code == 0
+    written = json.loads(output.read_text())
+    assert written["fits"] is True
+    assert written["programs"][0]["memory"]["parameters"] == PARAMETERS
+    assert "no data: examples of data.max_length=128 tokens" in shown.output
+    table = CliRunner().invoke(app, ["plan", str(path), "--shardings"], catch_exceptions=False).output
+    assert "params/params/embed/embedding" in table
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "told"),
+    [
+        ({}, ["--topology", "v5p"], "written as version and shape"),
+        ({}, ["--mfu", "1.5"], "--mfu 1.5: a share of the peak"),
+        ({"mesh": {"data": 3}}, [], "mesh: data=3 fsdp=1 tensor=1 needs 3 devices, but there are 8"),
+        ({"model": None}, [], "model"),
+        ({"model": {"path": "/nowhere/model"}}, [], "/nowhere/model does not exist"),
+    ],
+)
+def test_bad_input(bare, tmp_path, changes, arguments, told):
+    settings = {**offline(bare, {"name": "sft"}), **changes}
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump({name: value for name, value in settings.items() if value is not None}))
+    with pytest.raises((ValueError, FileNotFoundError), match=told.replace("(", r"\(")):
+        CliRunner().invoke(app, ["plan", str(path), *arguments], catch_exceptions=False)
+
+
+def test_without_libtpu(bare, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    stage = stage_of(tmp_path, offline(bare, {"name": "sft"}))
+    with pytest.raises(ValueError, match=r"pip install 'jaxalign\[tpu\]'"):
+        plan_stage(stage, "v5e:2x4")
+
+
+@needs_libtpu
+def test_a_slice_that_is_not_here(bare, tmp_path):
+    stage = stage_of(tmp_path, offline(bare, {"name": "sft"}))
+    plan = plan_stage(stage, "v5e:2x4")
+    assert (plan.devices, plan.kind) == (8, "TPU v5 lite")
+    step = plan.programs[0]
+    assert step.memory.parameters == PARAMETERS
+    assert step.traffic.collectives["all-gather"][0] > 0
+    assert plan.shape == (2, 8, 128)  # rows are multiples of 128 on TPU
+    assert 0 < plan.step_seconds() <= plan.step_seconds(plan.mfu)
+    with pytest.raises(ValueError, match="libtpu knows no such slice"):
+        plan_stage(stage, "v5e:3x17")

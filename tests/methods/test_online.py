@@ -130,7 +130,7 @@ def test_one_update_per_rollout_has_ratio_1():
     assert found["clip_ratio/region_mean"] == 0
     assert 0 < found["sampling/sampling_logp_difference/max"] <= 1e-4 / TEMPERATURE
     assert found["sampling/sampling_logp_difference/mean"] <= 1e-5 / TEMPERATURE
-    assert len(set(held(source).lengths.tolist())) > 3
+    assert len(set(held(source).lengths.tolist())) > 2
     assert metrics["completions/clipped_ratio"].value() == np.mean(held(source).finish == LENGTH)
 
 

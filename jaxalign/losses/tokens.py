@@ -14,8 +14,6 @@ from jaxalign.types import Array, Predictions
 
 # What the backward pass of a chunk does not compute again.
 KEPT = "head_sums"
-# Logits of all predictions that take no more than this are kept for the backward pass.
-KEPT_BYTES = 2**24
 
 
 class TokenStatistics(NamedTuple):
@@ -46,20 +44,17 @@ def gather_sources(hidden: Array, predictions: Predictions) -> jax.Array:
     return jnp.take_along_axis(hidden, predictions.sources[..., None], axis=1)
 
 
-def map_chunks(function: Callable, inputs, *, chunk: int, keep: bool = False):
+def map_chunks(function: Callable, inputs, *, chunk: int):
     """Maps over chunks of predictions, each under `jax.checkpoint` that keeps what is named `KEPT`.
 
     Args:
       function: pytree of `[rows, chunk, ...]` -> pytree of `[rows, chunk]`.
       inputs: pytree of `[rows, predictions, ...]`.
       chunk: most predictions per row and chunk; chunks are made equal, the last is padded with zeros.
-      keep: take all predictions at once, and keep what their gradient needs.
 
     Returns:
       `[rows, predictions]` leaves. Rows stay a batch axis, so a sharded batch needs no collective here.
     """
-    if keep:
-        return function(inputs)
     rows, size = jax.tree.leaves(inputs)[0].shape[:2]
     count = -(-size // min(chunk, size))
     chunk = -(-size // count)
@@ -91,7 +86,7 @@ def token_statistics(
       hidden: `[rows, length, embed]`.
       predictions: what is asked; padding gives finite numbers that nobody may read.
       temperature: divides the logits, save for `mean_logits`.
-      chunk: predictions per row whose logits exist at once, save where those of all take at most `KEPT_BYTES`.
+      chunk: predictions per row whose logits exist at once.
       entropy_gradient: let gradients flow through the entropy, for a loss that it is a term of.
       square_sums: fill `log_square_sums`.
     """
@@ -124,9 +119,7 @@ def state_statistics(
         states, targets = part
         return _statistics(logits(states), targets, options)
 
-    kept = jax.eval_shape(logits, states)
-    keep = kept.size * kept.dtype.itemsize <= KEPT_BYTES
-    return map_chunks(statistics, (states, targets), chunk=chunk, keep=keep)
+    return map_chunks(statistics, (states, targets), chunk=chunk)
 
 
 Options = tuple[float, bool, bool]  # temperature, entropy_gradient, square_sums

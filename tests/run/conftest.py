@@ -79,8 +79,8 @@ def every_run(compiled_quickly):
 def one_device(monkeypatch):
     """A run whose `mesh` says nothing has one device, for which programs compile faster than for eight."""
 
-    def make(config: MeshConfig):
-        return make_mesh(config, jax.devices()[:1] if config == MeshConfig() else None)
+    def make(config: MeshConfig, devices=None):
+        return make_mesh(config, jax.devices()[:1] if devices is None and config == MeshConfig() else devices)
 
     monkeypatch.setattr(import_module("jaxalign.run.prepare"), "make_mesh", make)
 

@@ -164,11 +164,14 @@ def _train(
     restored = checkpoints.restore(training.state)
     if restored is None:
         params, frozen = split_start(ready.method, begin.load())
+        # A critic that begins as the policy is the same arrays, and none may be given away twice.
+        leaves = [id(leaf) for leaf in jax.tree.leaves(params)]
+        shared = begin.shared or len(set(leaves)) < len(leaves)
         # What nobody else uses becomes the state without a second copy, and what is frozen stays where it is.
         born = jax.jit(
             lambda params, frozen: training.init(join_variables(params, frozen))[0],
             out_shardings=jax.tree.map(lambda leaf: leaf.sharding, training.state),
-            donate_argnums=() if begin.shared else (0,),
+            donate_argnums=() if shared else (0,),
         )
         state = born(params, frozen)
         del params

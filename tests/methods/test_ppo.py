@@ -559,7 +559,7 @@ def test_a_source_mixes_texts_into_its_batches():
     5 texts, 2 per prompt: each batch of 3 prompts in 2 micro-batches takes 6 of them, so that the second begins in the
     second pass, in another order.
     """
-    config = ppo.Config(ptx_coef=0.7, ptx_per_prompt=2, num_mini_batches=2, num_ppo_epochs=1, kl_coef=0.0)
+    config = ppo.Config(ptx_coef=0.7, ptx_per_prompt=2, num_mini_batches=2, num_ppo_epochs=1)
     models, state, frozen = make_models()
     texts = ragged_texts(5, longest=50)
     source, plain = (make_source(config, models, frozen, given) for given in (texts, ()))

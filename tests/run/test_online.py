@@ -454,6 +454,7 @@ def test_a_critic_goes_on_in_a_later_stage(online, texts, monkeypatch):
     assert str(texts) in json.dumps(manifest) and len(held) == 1 and not (result.folder / "second" / "critic").exists()
 
 
+@pytest.mark.slow
 def test_a_shared_critic_takes_the_blocks_along(online):
     """With an adapter, merged: its blocks are those of the exported policy, and the head is its own."""
     online["method"] = SMALL_PPO | {"critic": "shared"}

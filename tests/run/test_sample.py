@@ -53,7 +53,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
     return {"text": write(folder / "text.jsonl", texts), "messages": write(folder / "messages.jsonl", messages)}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # compiled as what it is compared with
 def drawn(tiny, files) -> list[dict]:
     """Three completions of each conversation."""
     return sample(Request(str(tiny), prompts=files["messages"], settings=SETTINGS))

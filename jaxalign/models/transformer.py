@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxalign.models.attention import Keys, attend, cache_mask, cap, rows_mask, self_mask
 from jaxalign.models.cache import Cache, layer_of, write
@@ -22,7 +22,6 @@ from jaxalign.models.layers import ACTIVATION_FUNCTIONS, Linear, Mlp, Norm, resi
 from jaxalign.models.lora import expand
 from jaxalign.models.rope import rope_frequencies, rotate
 from jaxalign.models.unrolling import outside_segments, repeat_name, unroll
-from jaxalign.sharding import BATCH_AXES, data_shards
 from jaxalign.types import Array, TokenRows, Variables
 
 Remat = Literal["none", "dots", "full"]
@@ -222,9 +221,7 @@ class _Pattern(nn.Module):
                 k, v = (layer_of(each, first_layer + place).astype(x.dtype) for each in (cache.k, cache.v))
                 cached = (Keys(k, v, cache_masks[kind]),)
             block = _Block(self.config, self.param_dtype, layer, self.mesh, name=f"block_{place}")
-            x, keys, of_block = block(
-                _by_rows(self.mesh, x, cache), angles[ropes.index(layer.rope)], masks[kind], weights, cached
-            )
+            x, keys, of_block = block(x, angles[ropes.index(layer.rope)], masks[kind], weights, cached)
             new.append(keys)
             sums.append(of_block)
         # Without a cache nobody wants the keys and values: stacking them would cost memory.
@@ -251,7 +248,6 @@ class _Decoder(nn.Module):
             x = x + embed(c.max_position, name="positions")(rows.positions)
         x = x.astype(self.compute_dtype) * c.embedding_multiplier
         x = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))(x)
-        x = _by_rows(self.mesh, x, cache)
         windows, ropes = _kinds(c)
         angles = tuple(_angles(rows, rope, c.head_dim) for rope in ropes)
         alone = cache is None or not cache.positions.shape[1]
@@ -281,7 +277,7 @@ class _Decoder(nn.Module):
             self.param("head", lambda key: {"kernel": normal(key, shape, self.param_dtype)})
         if c.score_head:
             self.param("score", lambda key: init_score_head(key, c, dtype=self.param_dtype))
-        x = residual_norm(c, self.param_dtype, "final_norm")(_by_rows(self.mesh, x, cache))
+        x = residual_norm(c, self.param_dtype, "final_norm")(x)
         return x, None if cache is None else write(cache, rows, new, x), add_sums(sums)
 
     def _scan(self, segment):
@@ -295,17 +291,6 @@ class _Decoder(nn.Module):
             in_axes=cast("Any", (0, *[nn.broadcast] * 5)),  # flax says nothing of its type but the default, 0
             length=segment.repeats,
         )
-
-
-def _by_rows(mesh: Mesh | None, x: jax.Array, cache: Cache | None) -> jax.Array:
-    """Hidden states `[rows, length, embed]` kept where their rows are.
-
-    XLA would else follow the parameters, which are split along the same axes: every device would read all rows and sum
-    parts of the hidden states. Decoding, whose rows a `shard_map` has split, says so itself.
-    """
-    if mesh is None or cache is not None or mesh.size == 1 or x.shape[0] % data_shards(mesh):
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
 
 
 def _kinds(config: ModelConfig) -> tuple[list[int | None], list[Rope | None]]:

@@ -60,6 +60,18 @@ def test_a_loop_counts_as_often_as_it_runs(loops, times):
     assert found.moved == 2400 + times * turn
 
 
+def test_as_the_tpu_compiler_writes_it():
+    """No trip count, but a counter that is compared; groups by the axes of a mesh, or a part of one."""
+    counter = "  %n = s32[]{:T(128)} constant(9)\n  %i = s32[] get-tuple-element(%s), index=0\n"
+    end = "  ROOT %yes = pred[]{:T(512)} compare(%i, %n), direction=LT, metadata={}"
+    text = TEXT.replace("  ROOT %yes = pred[] constant(true)", counter + end).replace("LOOPS", "metadata={}")
+    text = text.replace("[2,4]<=[8]", "mesh['a'=2,'b'=4] {'b'}")
+    text = text.replace("{{0,1},{2,3},{4,5},{6,7}}", "mesh['a'=8,'b'=1] {'a':(4)2}")
+    found = traffic(text, trips=(7,), devices=8)
+    assert found.collectives == {"all-gather": (9, 9 * 1600.0), "all-reduce": (9, 9 * 400.0)}
+    assert found.wire == 9 * (1600 * 3 / 4 + 2 * 400 * 1 / 2)
+
+
 def test_sizes():
     assert size("(bf16[2,3]{1,0:T(8,128)(2,1)}, pred[5]{0}, f8e4m3fn[4]{0}, s4[8], f32[])") == 12 + 5 + 4 + 4 + 4
     assert size("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, pred[5]{0})", memory=True) == 5

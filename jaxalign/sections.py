@@ -30,6 +30,7 @@ class ModelSection:
       compute_dtype: dtype of activations and matrix products; `auto` is bfloat16 on GPU and TPU, float32 on CPU.
       remat: what the backward pass recomputes: `none`, `dots` (all but matrix products) or `full` (whole blocks).
       quantization: keep the blocks' projections in 8 (`int8`) or 4 bits (`nf4`); they cannot train then.
+      long_context: of a model with `longrope`, take the long factors and their context, for every text.
       trainable: what trains: patterns of tensor names in the checkpoint, see `models.freeze`; None = everything, or the
         adapter where there is one. A score head always does.
     """
@@ -42,6 +43,7 @@ class ModelSection:
     compute_dtype: Literal["auto"] | ExportDType = "auto"
     remat: Remat = "full"
     quantization: Quantization | None = None
+    long_context: bool = False
     trainable: tuple[str, ...] | None = None
 
     def __post_init__(self):

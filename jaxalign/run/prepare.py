@@ -30,7 +30,7 @@ from jaxalign.methods.rollout import row_length
 from jaxalign.methods.running import with_carry
 from jaxalign.models.config import DType
 from jaxalign.models.heads import score_config
-from jaxalign.run.adapting import adapted_config, check_adapting
+from jaxalign.run.adapting import adapted_config, check_adapting, extended_config, longer_context
 from jaxalign.run.scoring import check_rewards, reward_names
 from jaxalign.sharding import make_mesh
 from jaxalign.training.metrics import check_writers
@@ -76,13 +76,14 @@ def prepare(stage: Stage) -> Prepared:
       ValueError: anything else that cannot work; names the file, line or key.
     """
     method, mesh = METHODS[stage.method_name], make_mesh(stage.mesh)
-    config = _heads(stage, models.load_config(stage.model.path))
+    config = extended_config(stage, _heads(stage, models.load_config(stage.model.path)))
     shapes = jax.eval_shape(models.build(config).init, jax.random.key(0))
     config = adapted_config(stage, config, shapes)
     check_adapting(stage, config, shapes)
     if stage.data.max_length > config.max_position:
         raise ValueError(
             f"data.max_length={stage.data.max_length} exceeds the model's context of {config.max_position}"
+            + longer_context(config)
         )
     found = data.load(_data_config(stage), models.load_tokenizer(stage.model.path), method.KIND)
     check_streaming(stage, found)

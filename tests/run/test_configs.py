@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from jaxalign.config import load_config, shipped_configs
-from jaxalign.methods.common import is_online, needs_reference
+from jaxalign.methods.common import is_online, needs_reference, split_start
 from jaxalign.methods.offline import pack_global
 from jaxalign.methods.rollout import pack_prompts, to_experience
 from jaxalign.run import pick_stage, prepare
+from jaxalign.run.adapting import adapt
 from jaxalign.run.online import online_models, prompt_width
 from jaxalign.training.optimizer import make_optimizer
 from jaxalign.types import Samples
@@ -56,7 +57,8 @@ def test_the_step_traces(name, stage, smollm2, monkeypatch):
 
     state, metrics = jax.eval_shape(train, shapes, batch)
     trained = jax.tree.leaves(state.params)
-    assert [leaf.shape for leaf in trained] == [leaf.shape for leaf in jax.tree.leaves(shapes)]
+    wanted = jax.eval_shape(lambda variables: split_start(method, variables)[0], shapes)
+    assert [leaf.shape for leaf in trained] == [leaf.shape for leaf in jax.tree.leaves(wanted)]
     assert {"loss", "grad_norm", "learning_rate"} <= set(metrics)
     assert all(leaf.dtype == jnp.dtype(picked.model.param_dtype) for leaf in trained)
 
@@ -66,7 +68,8 @@ def offline(ready, key):
     batch = pack_global(
         ready.method, ready.stage.method, [ready.data.train[i] for i in range(size)], ready.layout
     ).batch
-    return ready.model, jax.eval_shape(ready.model.init, key), batch
+    start = lambda key: adapt(ready.stage, ready.model.config, ready.model.init(key), key)  # noqa: E731
+    return ready.model, jax.eval_shape(start, key), batch
 
 
 def online(ready, key):

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign import models
 from jaxalign.config import load_config, shipped_configs
 from jaxalign.methods.common import is_online, needs_reference, split_start
 from jaxalign.methods.offline import pack_global
@@ -19,8 +21,16 @@ from jaxalign.run.online import online_models, prompt_width
 from jaxalign.training.optimizer import make_optimizer
 from jaxalign.types import Samples
 
+CONFIG, TOKENIZER = lru_cache(models.load_config), lru_cache(models.load_tokenizer)
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = [(name, stage.name) for name, path in shipped_configs().items() for stage in load_config(path).stages]
+
+
+@pytest.fixture(autouse=True)
+def one_reading(monkeypatch):
+    """The GGUF file's metadata, which take seconds, are read once for all configs."""
+    monkeypatch.setattr(models, "load_config", CONFIG)
+    monkeypatch.setattr(models, "load_tokenizer", TOKENIZER)
 
 
 def test_all_yaml_files_are_covered():

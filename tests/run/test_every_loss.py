@@ -16,7 +16,7 @@ from jaxalign.methods.common import is_online
 from jaxalign.methods.running import with_carry
 from jaxalign.run import pick_stage, prepare
 from jaxalign.training.optimizer import make_optimizer
-from tests.run.test_configs import offline, online
+from tests.run.test_configs import offline, one_reading, online  # noqa: F401 -- a fixture of this module too
 
 ROOT = Path(__file__).resolve().parents[2]
 # The setting that chooses a method's loss, and what it may be.
@@ -30,6 +30,7 @@ LOSSES = {
 NEEDED = {"exo_pair": {"label_smoothing": 1e-3}}
 CHOICES = [(method, {key: name, **NEEDED.get(name, {})}) for method, (key, names) in LOSSES.items() for name in names]
 CHOICES += [(preset, {}) for preset in PRESETS]
+CHOICES.sort(key=lambda choice: PRESETS.get(choice[0], choice)[0])  # the losses of a method share what is read
 SMALL = ("data.split=train[:64]", "data.eval_path=null", "data.eval_split=null")
 SMALL += ("train.eval_on_start=false", "train.eval_steps=null")
 

@@ -7,7 +7,7 @@ import pytest
 
 from jaxalign.config import parse_config
 from jaxalign.run import prepare, run
-from tests.models import tiny
+from tests.models.tiny import CONFIGS, write_folder
 
 
 @pytest.fixture
@@ -19,17 +19,12 @@ def longrope(settings, tiny_folder):
 
 
 @pytest.fixture
-def tiny_folder(tiny_model, tmp_path):
+def tiny_folder(tiny, tmp_path):
     """Phi 3 of a context of 32 tokens, or 128, with the tokenizer of the other tiny model."""
     folder = tmp_path / "phi3"
-    shutil.copytree(tiny_model, folder)
-    tiny.write_folder(folder, tiny.CONFIGS["phi3-long"] | {"vocab_size": 320})
+    shutil.copytree(tiny, folder)
+    write_folder(folder, CONFIGS["phi3-long"] | {"vocab_size": 320})
     return folder
-
-
-@pytest.fixture
-def tiny_model(request):
-    return request.getfixturevalue("tiny")
 
 
 def test_the_longer_context_is_asked_for(longrope, tiny_folder):

@@ -27,12 +27,12 @@ def is_right(claim):
 
 
 @pytest.mark.parametrize("script", ["make", "make_feedback"])
-def test_the_scripts_write_these_files(script, tmp_path):
+def test_the_scripts_write_these_files(script, tmp_path, monkeypatch):
     found = importlib.util.spec_from_file_location(script, FOLDER / f"{script}.py")
     assert found is not None and found.loader is not None
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
-    module.HERE = tmp_path
+    monkeypatch.setattr(module, "HERE", tmp_path)
     module.main()
     written = sorted(path.name for path in tmp_path.iterdir())
     assert len(written) == (2 if script == "make" else 6)

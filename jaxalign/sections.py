@@ -37,6 +37,7 @@ class ModelSection:
         that can serve, see docs/scale.md.
       offload_reference: keep the reference in the host's memory between its passes; offline methods on GPU and TPU.
       quantization: keep the blocks' projections in 8 (`int8`) or 4 bits (`nf4`); they cannot train then.
+      long_context: of a model with `longrope`, take the long factors and their context, for every text.
       trainable: what trains: patterns of tensor names in the checkpoint, see `models.freeze`; None = everything, or the
         adapter where there is one. A score head always does.
     """
@@ -51,6 +52,7 @@ class ModelSection:
     attention: Literal["auto"] | Attention = "auto"
     offload_reference: bool = False
     quantization: Quantization | None = None
+    long_context: bool = False
     trainable: tuple[str, ...] | None = None
 
     def __post_init__(self):

@@ -186,6 +186,18 @@ def check_labels(train: Examples) -> None:
         )
 
 
+def check_steps(train: Examples) -> None:
+    """Raises ValueError where the steps of all training examples are right, or all wrong: there is nothing to tell."""
+    first = train[0]["labels"][0]
+    if all((example["labels"] == first).all() for example in train):
+        word, other = ("right (true)", "wrong") if first else ("wrong (false)", "right")
+        path, line = train.where(0)
+        raise ValueError(
+            f"training data: the steps of all {len(train)} examples are {word}, the first is {path}:{line}; a process "
+            f"reward model needs {other} ones too: look at `labels`"
+        )
+
+
 def weight_ranges(labels: np.ndarray) -> dict[str, tuple[float, float]]:
     """Weights with which both kinds of examples matter: either `desirable_weight` or `undesirable_weight`, the other 1.
 

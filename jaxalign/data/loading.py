@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from jaxalign.data.checks import Report, admit, check
+from jaxalign.data.checks import Report, admit, check, check_steps
 from jaxalign.data.examples import Examples, encode_rows, hold_out, take_apart
 from jaxalign.data.filters import Removed, sift
 from jaxalign.data.formats import DataConfig
@@ -59,13 +59,15 @@ def load(config: DataConfig, tokenizer: PreTrainedTokenizerFast, kind: str, pack
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: bad rows, with file and line; wrong columns; nothing left, or of one part of a mixture; options that
-        cannot work.
+      ValueError: bad rows, with file and line; wrong columns; nothing left, or of one part of a mixture; steps that are
+        all right, or all wrong; options that cannot work.
     """
     data = inspect(config, tokenizer, kind, packing)
     evaluation = None if data.eval is None else admit(data.eval, config.on_bad, "evaluation")
     dropped = [Removed.of_problem(data.train, int(i)) for i in np.flatnonzero(data.train.bad)]
     train = admit(data.train, config.on_bad, "training")
+    if kind == "stepwise" and data.stream is None:
+        check_steps(train)
     return replace(data, train=train, eval=evaluation, removed=(*dropped, *data.removed))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from jaxalign.models.families import FAMILIES
 from jaxalign.models.family import Family
 from jaxalign.models.gemma_families import COMPOSITES
-from jaxalign.models.gguf import ARCHITECTURES
+from jaxalign.models.gguf import ARCHITECTURES, TYPES
 
 TEXT = """\
 # Models
@@ -36,13 +36,22 @@ without biases. Where a family's config.json has a key for biases, windows, a ti
 - An activation other than SiLU, GELU and its tanh approximation is refused.
 - `null` in a refused key is what transformers takes for it, and is read.
 
+## GGUF files
+
+- Families: those marked above, under the architectures {architectures} of llama.cpp. Any other is refused by name: take
+  its Hugging Face folder. So are mixtures of experts, files in several parts, and settings that differ between layers.
+- Types of tensors: {types}; others (the K-quants, the IQ-quants) are refused by the name of the tensor.
+- They are read, and not written: llama.cpp's `convert_hf_to_gguf.py` makes one of an export.
+
 ## Longrope
 
 Phi 3.5 and Phi 4 mini have two sets of frequencies: one for texts up to the original context (4096 tokens), one for
 longer ones. transformers takes the second as soon as one text of a batch is longer; then the logits of a token depend
 on its batch mates, and those of a token already sampled on what follows it. Here the model has one set: that of the
-original context, which is then its context (a run with longer texts stops at the start), or the other, after
-`model.rebuild(models.extend_context(model.config))`. An export is the same in both cases.
+original context, which is then its context (a run with longer texts stops at the start), or the other, with
+`model.long_context: true` in a run's config, in Python after `model.rebuild(models.extend_context(model.config))`. It
+holds for every text of the run then, also for short ones, which is how vLLM serves a model whose `max_model_len` is
+beyond the original context. An export is the same in both cases; `jaxalign sample` takes the first set.
 
 ## Checkpoints with images
 
@@ -58,7 +67,9 @@ def describe_families() -> str:
         "model of images is left out, also from exports."
         for name, each in COMPOSITES.items()
     )
-    return TEXT.format(rows=rows, composites=composites)
+    named = {"architectures": ARCHITECTURES, "types": TYPES}
+    lists = {key: ", ".join(f"`{each}`" for each in names) for key, names in named.items()}
+    return TEXT.format(rows=rows, composites=composites, **lists)
 
 
 def _row(name: str, family: Family) -> str:

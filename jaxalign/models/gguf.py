@@ -107,7 +107,10 @@ def open_gguf(path: str | Path) -> GgufFile:
     metadata = {key: _plain(field.contents()) for key, field in reader.fields.items()}
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"{path}: architecture {architecture!r} is not supported; known: {', '.join(ARCHITECTURES)}")
+        raise ValueError(
+            f"{path}: architecture {architecture!r} is not read from GGUF files (known: {', '.join(ARCHITECTURES)}); "
+            "give the model's Hugging Face folder or Hub name instead"
+        )
     if metadata.get("split.count", 1) > 1:
         raise ValueError(
             f"{path} is one of {metadata['split.count']} parts; merge them with llama.cpp's gguf-split first"
@@ -117,7 +120,8 @@ def open_gguf(path: str | Path) -> GgufFile:
     for tensor in reader.tensors:
         if tensor.tensor_type.name not in TYPES:
             raise ValueError(
-                f"{path}: tensor {tensor.name} has type {tensor.tensor_type.name}; supported types: {', '.join(TYPES)}"
+                f"{path}: tensor {tensor.name} has type {tensor.tensor_type.name}; supported types: "
+                f"{', '.join(TYPES)}; take a file in one of these, or the model's Hugging Face folder"
             )
         if tensor.data_offset + tensor.n_bytes > path.stat().st_size:
             raise ValueError(f"{path} is not a whole GGUF file: it ends before the end of tensor {tensor.name}")

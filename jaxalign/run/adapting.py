@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,9 +16,24 @@ from jaxalign.models import LoraConfig, ModelConfig
 from jaxalign.models.families import tensors
 from jaxalign.models.freezing import check_trainable, split
 from jaxalign.models.lora import init_lora
-from jaxalign.models.peft import open_adapter, to_lora
+from jaxalign.models.peft import base_of, open_adapter, to_lora
 from jaxalign.models.quantized import quantize_params
 from jaxalign.types import Variables
+
+logger = logging.getLogger("jaxalign")
+
+
+def extended_config(stage: Stage, config: ModelConfig) -> ModelConfig:
+    """The config with the context that the stage asks for; raises ValueError where `longrope` has no longer one."""
+    if not stage.model.long_context:
+        return config
+    return _named("model.long_context", lambda: models.extend_context(config))
+
+
+def longer_context(config: ModelConfig) -> str:
+    """The end of a message about long texts: how a model with longrope is asked for its longer context."""
+    ropes = [rope for rope in config.layer_ropes if rope is not None and rope.kind == "longrope" and not rope.long]
+    return f"; model.long_context: true takes the factors for {ropes[0].max_position}" if ropes else ""
 
 
 def adapted_config(stage: Stage, config: ModelConfig, shapes: Variables) -> ModelConfig:
@@ -37,6 +54,7 @@ def adapted_config(stage: Stage, config: ModelConfig, shapes: Variables) -> Mode
     settings = LoraConfig(**{name: getattr(section, name) for name in names})
     if section.path is not None:
         found, _ = _open(section.path, config, shapes)
+        _check_base(section.path, stage.model.path)
         for name in names:
             asked = getattr(section, name)
             if name != "dropout" and asked not in (getattr(LoraConfig, name), getattr(found, name)):
@@ -103,6 +121,18 @@ def describe_training(stage: Stage, config: ModelConfig, shapes: Variables) -> s
 
 def _open(path: str, config: ModelConfig, variables: Variables) -> tuple[LoraConfig, dict]:
     return _named("lora.path", lambda: to_lora(open_adapter(path), config, variables["params"]))
+
+
+def _check_base(adapter: str, model: str) -> None:
+    """Warns of an adapter that names another base than the stage's: its tensors' shapes fit, and cannot tell."""
+    base = _named("lora.path", lambda: base_of(Path(adapter)))
+    if base != model and Path(base).resolve() != Path(model).resolve():
+        logger.warning(
+            "lora.path: the adapter in %s was made for %s, and model.path is %s; over other weights it means nothing",
+            adapter,
+            base,
+            model,
+        )
 
 
 def _named(key: str, make: Callable[[], Any]) -> Any:

@@ -18,7 +18,7 @@ from jaxalign.methods.moving_reference import MovingReference
 from jaxalign.methods.offline import ExampleList
 from jaxalign.methods.reference import cache_key, precompute
 from jaxalign.models.identity import adapter_fingerprint
-from jaxalign.run.adapting import adapt
+from jaxalign.run.adapting import adapt, extended_config
 from jaxalign.run.prepare import Prepared
 from jaxalign.run.programs import make_reference_pass
 from jaxalign.sharding import param_shardings
@@ -64,8 +64,9 @@ def load_policy(ready: Prepared, path: str) -> Variables:
         key = jax.random.fold_in(jax.random.key(ready.stage.train.seed), HEAD)
         model, variables = models.add_score_head(model, variables, key, labels=ready.model.config.score_labels)
         variables = jax.device_put(variables, param_shardings(ready.mesh, variables))
+    extended = extended_config(ready.stage, model.config)
     same = {"bos_id": None, "eos_ids": (), "pad_id": None, "score_bias": 0.0, "lora": None}
-    ours, theirs = (asdict(replace(each, **same)) for each in (ready.model.config, model.config))
+    ours, theirs = (asdict(replace(each, **same)) for each in (ready.model.config, extended))
     other = [
         f"{name} is {theirs[name]!r} instead of {value!r}" for name, value in ours.items() if theirs[name] != value
     ]
@@ -126,6 +127,8 @@ def attach_reference(ready: Prepared, load: Callable[[str], Variables], say: Say
     fingerprint = f"{models.fingerprint(path)} {dtypes}"
     if stage.model.quantization is not None:
         fingerprint += f" {stage.model.quantization}"
+    if stage.model.long_context:
+        fingerprint += " long context"
     if stage.lora is not None and stage.lora.path is not None and stage.model.reference is None:
         fingerprint += f" {adapter_fingerprint(stage.lora.path)}"
 

@@ -16,7 +16,7 @@ from jaxalign.methods.common import has_critic
 from jaxalign.methods.online import OnlineSource, Parts
 from jaxalign.methods.rollout import Draw, Pass, make_draw, reward_metrics, rollout_metrics, select, to_experience
 from jaxalign.rewards.model import make_scorer
-from jaxalign.run.adapting import adapt
+from jaxalign.run.adapting import adapt, extended_config, longer_context
 from jaxalign.run.inputs import ADAPTER, HEAD, load_start
 from jaxalign.run.prepare import Prepared, sampling_config
 from jaxalign.run.programs import base_shapes, make_field_passes
@@ -154,7 +154,9 @@ def online_models(ready: Prepared, key: jax.Array, load: Callable[[str], Variabl
         return Trained(ready.model, start, lambda: load_start(ready, load), passes)
     other, head, path = None, jax.random.fold_in(key, HEAD), stage.model.critic
     if path is not None:
-        other = ready.model.rebuild(replace(models.load_config(path), lora=ready.model.config.lora))
+        config = models.load_config(path)
+        config = extended_config(stage, config) if longer_context(config) else config
+        other = ready.model.rebuild(replace(config, lora=ready.model.config.lora))
     made = []
 
     def begin(variables: Variables, critic: Variables | None) -> dict[str, Variables]:

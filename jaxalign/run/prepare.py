@@ -31,7 +31,7 @@ from jaxalign.methods.running import with_carry
 from jaxalign.models.attention import Attention
 from jaxalign.models.config import DType
 from jaxalign.models.heads import score_config
-from jaxalign.run.adapting import adapted_config, check_adapting
+from jaxalign.run.adapting import adapted_config, check_adapting, extended_config, longer_context
 from jaxalign.run.kernels import check_offloading, choose_attention
 from jaxalign.run.scoring import check_rewards, reward_names
 from jaxalign.run.supervised import load_supervised
@@ -95,13 +95,14 @@ def prepare(stage: Stage, *, devices: list | None = None, found: data.Data | Non
     """
     method, mesh = METHODS[stage.method_name], make_mesh(stage.mesh, devices)
     remesh(mesh, stage.rollout.mesh, "rollout.mesh")
-    config = _heads(stage, models.load_config(stage.model.path))
+    config = extended_config(stage, _heads(stage, models.load_config(stage.model.path)))
     shapes = jax.eval_shape(models.build(config).init, jax.random.key(0))
     config = adapted_config(stage, config, shapes)
     check_adapting(stage, config, shapes)
     if stage.data.max_length > config.max_position:
         raise ValueError(
             f"data.max_length={stage.data.max_length} exceeds the model's context of {config.max_position}"
+            + longer_context(config)
         )
     if found is None:
         found = data.load(_data_config(stage), models.load_tokenizer(stage.model.path), method.KIND)

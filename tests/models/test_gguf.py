@@ -140,7 +140,10 @@ class TestErrors:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        with pytest.raises(ValueError, match="'gemma' is not supported; known: llama, qwen2, qwen3, gpt2"):
+        with pytest.raises(
+            ValueError,
+            match=r"'gemma' is not read from GGUF .*known: llama, qwen2, qwen3, gpt2\).* Hugging Face folder",
+        ):
             load(tmp_path / "model.gguf")
 
     @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -10,26 +10,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign import models
 from jaxalign.config import load_config, shipped_configs
-from jaxalign.methods.common import is_online, needs_reference
+from jaxalign.methods.common import is_online, needs_reference, split_start
 from jaxalign.methods.offline import pack_global
 from jaxalign.methods.rollout import pack_prompts, to_experience
-from jaxalign.models.gguf import open_gguf
 from jaxalign.run import pick_stage, prepare
+from jaxalign.run.adapting import adapt
 from jaxalign.run.online import online_models, prompt_width
 from jaxalign.training.optimizer import make_optimizer
 from jaxalign.types import Samples
 
+CONFIG, TOKENIZER = lru_cache(models.load_config), lru_cache(models.load_tokenizer)
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = [(name, stage.name) for name, path in shipped_configs().items() for stage in load_config(path).stages]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def read_once():
-    """SmolLM2's file, which takes two seconds to read, is read once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxalign.models.pretrained.open_gguf", cache(open_gguf))
-        yield
+@pytest.fixture(autouse=True)
+def one_reading(monkeypatch):
+    """The GGUF file's metadata, which take seconds, are read once for all configs."""
+    monkeypatch.setattr(models, "load_config", CONFIG)
+    monkeypatch.setattr(models, "load_tokenizer", TOKENIZER)
 
 
 def test_all_yaml_files_are_covered():
@@ -66,7 +67,8 @@ def test_the_step_traces(name, stage, smollm2, monkeypatch):
 
     state, metrics = jax.eval_shape(train, shapes, batch)
     trained = jax.tree.leaves(state.params)
-    assert [leaf.shape for leaf in trained] == [leaf.shape for leaf in jax.tree.leaves(shapes)]
+    wanted = jax.eval_shape(lambda variables: split_start(method, variables)[0], shapes)
+    assert [leaf.shape for leaf in trained] == [leaf.shape for leaf in jax.tree.leaves(wanted)]
     assert {"loss", "grad_norm", "learning_rate"} <= set(metrics)
     assert all(leaf.dtype == jnp.dtype(picked.model.param_dtype) for leaf in trained)
 
@@ -76,7 +78,8 @@ def offline(ready, key):
     batch = pack_global(
         ready.method, ready.stage.method, [ready.data.train[i] for i in range(size)], ready.layout
     ).batch
-    return ready.model, jax.eval_shape(ready.model.init, key), batch
+    start = lambda key: adapt(ready.stage, ready.model.config, ready.model.init(key), key)  # noqa: E731
+    return ready.model, jax.eval_shape(start, key), batch
 
 
 def online(ready, key):

@@ -7,15 +7,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from jaxalign import models
 from jaxalign.cli import app
 from jaxalign.config import parse_config
-from jaxalign.run import evaluate_stage, pick_stage, run
+from jaxalign.models.peft import WEIGHTS_FILE
+from jaxalign.run import evaluate_stage, pick_stage, prepare, run
 from jaxalign.run import stage as stage_module
 from jaxalign.run import start as start_module
+from jaxalign.run.adapting import adapt
+from tests.run.test_bad_input import changed_model
 from tests.run.test_resume import lines, weights
 
 PROMPTED = {"num_generations": 2, "max_completion_length": 6}
@@ -93,6 +96,23 @@ def test_an_adapter_goes_on_from_a_folder(lora):
     assert trained(third.folder)[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
     with pytest.raises(ValueError, match=r"lora.r=8, but the adapter in .* has 4; leave it away"):
         run(parse_config(lora | {"name": "wrong", "lora": {"path": adapter, "r": 8}}))
+
+
+def test_an_adapter_for_another_base(lora, tiny, tmp_path, caplog):
+    """Of other shapes it is refused; where they fit, only the name tells."""
+    ready = prepare(parse_config(lora).stages[0])
+    variables = adapt(ready.stage, ready.model.config, models.load(tiny)[1], jax.random.key(0))
+    folder = models.save_adapter(tmp_path / "adapter", ready.model.config, variables, base_model="someone/else")
+    with pytest.raises(ValueError, match=r"lora\.path: .* in the base .*: the adapter was made for another base"):
+        other = changed_model(tiny, tmp_path, config={"intermediate_size": 48})
+        prepare(parse_config(lora | {"lora": {"path": str(folder)}, "model": {"path": other}}).stages[0])
+    assert not caplog.records
+    prepare(parse_config(lora | {"lora": {"path": str(folder)}}).stages[0])
+    assert "was made for someone/else, and model.path is" in caplog.text
+    rewrite = load_file(folder / "adapter_model.safetensors")
+    save_file({name.replace("mlp.up_proj", "mlp.w3"): each for name, each in rewrite.items()}, folder / WEIGHTS_FILE)
+    with pytest.raises(ValueError, match=r"lora\.path: .*model\.layers\.0\.mlp\.w3 is no linear module of this base"):
+        prepare(parse_config(lora | {"lora": {"path": str(folder)}}).stages[0])
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])

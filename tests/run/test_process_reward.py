@@ -61,3 +61,16 @@ def test_bad_steps_are_named_by_file_and_line(settings, tmp_path):
     settings["method"] = {"name": "process_reward"}
     with pytest.raises(ValueError, match=r"steps.jsonl:2: wrong number: .*\n.*steps.jsonl:3: wrong type"):
         run(parse_config(settings))
+
+
+@pytest.mark.parametrize(("label", "words"), [(True, r"right \(true\)"), (False, r"wrong \(false\)")])
+def test_steps_that_are_all_alike_teach_nothing(settings, tmp_path, label, words):
+    path = tmp_path / "steps.jsonl"
+    rows = [{"prompt": "the", "completions": ["cat", "mat"][:n], "labels": [label] * n} for n in (1, 2)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings["data"] = {"path": str(path), "max_length": 128}
+    settings["method"] = {"name": "process_reward"}
+    with pytest.raises(
+        ValueError, match=rf"steps of all 2 examples are {words}, the first is .*steps\.jsonl:1; .*labels"
+    ):
+        run(parse_config(settings))

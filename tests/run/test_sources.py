@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import random
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +20,8 @@ from jaxalign.config import parse_config
 from jaxalign.data import MixtureOrder
 from jaxalign.methods.online import OnlineSource
 from jaxalign.run import prepare, run
-from tests.run.conftest import TEXT
-from tests.run.test_resume import lines, weights
+from tests.run.conftest import TEXT, finish
+from tests.run.test_resume import lines, logged, wait_until, weights
 
 TALK = "\n\nHuman: {}\n\nAssistant: {}"
 
@@ -214,3 +217,26 @@ def test_evaluation_steps_of_a_stream(mixed, parts):
 def test_mistakes_in_the_config(mixed, data, message):
     with pytest.raises(ValueError, match=message):
         parse_config({**mixed, "data": data})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_process_is_killed_and_goes_on_exactly(mixed, streaming, write_config, cli):
+    """SIGKILL at any moment, three times: parameters and metrics are those of a run that nothing disturbed."""
+    if streaming:
+        mixed["data"] |= {"streaming": True, "shuffle_window": 10}
+    mixed["train"] |= {"max_steps": 30, "save_steps": 3}
+    config, runs, chance = write_config(mixed), Path(mixed["runs_dir"]), random.Random(streaming)
+    finish(cli("run", config, "name=whole"))
+    folder, kills = runs / "killed", 0
+    for _ in range(3):
+        process, seen = cli("run", config, "name=killed"), logged(folder)
+        got_there = wait_until(lambda seen=seen: logged(folder) > seen + 3, process)
+        time.sleep(chance.random() * 0.2)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += got_there and process.returncode == -signal.SIGKILL
+    assert kills >= 2, "the run ended before it could be killed"
+    assert "continuing after step" in finish(cli("run", config, "name=killed"))
+    assert lines(folder) == lines(runs / "whole") and weights(folder) == weights(runs / "whole")
+    assert (folder / "removed.jsonl").read_bytes() == (runs / "whole" / "removed.jsonl").read_bytes()

@@ -31,6 +31,7 @@ from jaxalign.models.attention import rows_mask
 from jaxalign.models.config import forward_flops
 from jaxalign.models.pretrained import load
 from jaxalign.training import optimizer as optimizers
+from jaxalign.training.coupled import CoupledLoss
 from jaxalign.types import Batch
 
 PAIRS = 8
@@ -77,6 +78,7 @@ def programs(model, variables, config, batch: Batch) -> dict[str, Callable[[], o
     state, frozen = preference.init(config, model, variables, optimizer, jax.random.key(0))
     step = jax.jit(preference.make_step(config, model, optimizer, schedule))
     loss, totals = preference.make_loss(config, model), preference.totals(batch)
+    assert not isinstance(loss, CoupledLoss)
 
     def blocks(params, rows):
         return model.apply({"params": params}, rows)[0]
@@ -161,7 +163,7 @@ def floors_of(model, batch: Batch) -> tuple[dict[str, float], str]:
     attended = int(jax.vmap(lambda rows: rows_mask(rows, None))(batch.rows).sum())
     blocks = forward_flops(model.config, tokens, attended, 0)
     head = forward_flops(model.config, 0, 0, asked)
-    floors = {
+    floors: dict[str, float] = {
         "whole step": 3 * (blocks + head),
         "reference": blocks + head,
         "loss and gradient": 3 * (blocks + head),

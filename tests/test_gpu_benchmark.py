@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import jax
@@ -18,12 +19,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 @pytest.fixture
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
-    import gpu
-    import gpu_cases
-    import gpu_ours
-    import ours
-
-    return gpu, gpu_cases, gpu_ours, ours
+    return tuple(import_module(name) for name in ("gpu", "gpu_cases", "gpu_ours", "ours"))
 
 
 def test_counts_by_hand(scripts):

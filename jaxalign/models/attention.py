@@ -171,16 +171,16 @@ def attend(
     Raises:
       ValueError: dropout, several sets of keys, or a soft-cap, where the kernel that the mask is made for has none.
     """
-    if kernel := KERNELS.get(type(keys[0].mask)):
+    first = keys[0]
+    if kernel := KERNELS.get(type(first.mask)):
         if dropout or len(keys) > 1:
             raise ValueError("model.attention: this kernel has no dropout, and takes one set of keys; use xla")
-        return kernel(query, *keys[0], scale=scale, softcap=softcap)
+        return kernel(query, first.key, first.value, first.mask, scale=scale, softcap=softcap)
     rows, queries, heads, head_dim = query.shape
-    kv_heads = keys[0].key.shape[1]
+    kv_heads = first.key.shape[1]
     # Heads of one group lie beside each other as further queries: every product is then a plain batched one.
     grouped = (query * scale).reshape(rows, queries, kv_heads, heads // kv_heads, head_dim)
     grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads, -1, head_dim)
-    first = keys[0]
     if isinstance(first.mask, Blocks):
         mixed = attend_blocks(
             grouped, first.key, first.value, first.mask, softcap=softcap, dropout=dropout, dropout_key=dropout_key

@@ -18,7 +18,7 @@ _policies = jax.checkpoint_policies
 _attention = _policies.save_only_these_names(OUTPUT_NAME)
 _dots = _policies.dots_with_no_batch_dims_saveable
 # `none` is no policy: nothing is computed again then.
-POLICIES: dict[str, Callable[..., object]] = {
+POLICIES: dict[str, Callable[..., bool]] = {
     "full": _policies.nothing_saveable,
     "attention": _attention,
     "dots": _dots,

@@ -90,13 +90,13 @@ def attend_splash(query: Array, key: Array, value: Array, mask: Segments, *, sca
     length, heads = query.shape[1:3]
     padded = -(-length // (LANES * shards)) * LANES * shards
     pad = [(0, 0), (0, 0), (0, padded - length), (0, 0)]
-    wide = (jnp.pad(x, pad) for x in ((query * scale).swapaxes(1, 2), key, value))
+    queries, keys, values = (jnp.pad(x, pad) for x in ((query * scale).swapaxes(1, 2), key, value))
     documents = jnp.pad(mask.documents, pad[1:3])
     split = _split(sizes, key.shape)
     local = heads // math.prod(sizes[name] for name in split[1:2] if name)
     kernel = _kernel(local, padded, mask.window, softcap, shards, _platform(mask.mesh) != "tpu")
     run = _over_rows if math.prod(sizes.values()) == 1 else functools.partial(_spread, cast(Any, mesh), sizes, split)
-    mixed = run(kernel, *wide, documents, documents)
+    mixed = run(kernel, queries, keys, values, documents, documents)
     return mixed[:, :, :length].swapaxes(1, 2)
 
 

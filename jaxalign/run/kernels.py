@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -80,7 +79,7 @@ def costs(stage: Stage, examples: Examples, config: ModelConfig) -> tuple[float,
     """
     prompt, branches = _lengths(stage, examples)
     weight = attention_weight(config)
-    shared, apart = prompt + sum(branches), sum(prompt + each for each in branches)
+    shared, apart = np.add(prompt, sum(branches)), np.sum([prompt + each for each in branches], axis=0)
     row, short = shared.max(), max((prompt + each).max() for each in branches)
     by_xla = weight * row * (0.5 if row >= BLOCKWISE_FROM else 1)
     by_kernel = weight / ATTENTION_SLOWNESS * short * 0.5
@@ -122,7 +121,7 @@ def _decided(stage: Stage, kind: Any) -> Stage:
 
 
 def _misfit(
-    kind: str, stage: Stage, examples: Sequence[Examples], config: ModelConfig, device: jax.Device, dtype: str
+    kind: str, stage: Stage, examples: Sequence[Examples], config: ModelConfig, device: Any, dtype: str
 ) -> str | None:
     if KERNELS.get(device.platform) != kind:
         return f"it runs on {MACHINES[kind]}, and this is {device.platform}; set it to auto"

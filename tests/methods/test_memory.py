@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from jaxalign.methods import preference, unpaired_preference
-from jaxalign.methods.common import start
 from jaxalign.models import ModelConfig, Rope, build
 from jaxalign.training.optimizer import Config, make_optimizer
 from jaxalign.training.step import accumulate
@@ -29,7 +28,9 @@ def temporary_bytes(vocab: int, pairs: int) -> int:
     batch = replace(batch, fields={"ref_logps": np.zeros(batch.predictions.sources.shape, np.float32)})
     optimizer, schedule = make_optimizer(Config(), 10)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    state, frozen = jax.eval_shape(lambda variables: start(model, variables, optimizer, jax.random.key(0)), shapes)
+    state, frozen = jax.eval_shape(
+        lambda variables: preference.init(settings, model, variables, optimizer, jax.random.key(0)), shapes
+    )
     step = jax.jit(preference.make_step(settings, model, optimizer, schedule), donate_argnums=0)
     memory = step.lower(state, frozen, batch).compile().memory_analysis()
     assert memory is not None

@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 
 from jaxalign.methods import preference, sft
 from jaxalign.models import attention, build, cudnn, splash
-from jaxalign.models.attention import Keys, attend, rows_mask
+from jaxalign.models.attention import Attention, Keys, attend, rows_mask
 from jaxalign.sharding import MeshConfig, batch_shardings, make_mesh, param_shardings
 from jaxalign.types import TokenRows
 from tests.layouts import ragged_pairs, ragged_texts, relative, tiny_config, tiny_model
@@ -110,7 +110,8 @@ def test_a_preference_step_is_the_same_by_splash():
     model, variables = tiny_model(num_layers=2, windows=(None, 9), attention_softcap=5.0)
     pairs = ragged_pairs(7)
     found = {}
-    for kind, share in (("xla", True), ("splash", False)):
+    kinds: dict[Attention, bool] = {"xla": True, "splash": False}
+    for kind, share in kinds.items():
         config = preference.Config(share_prompt=share, beta=0.3)
         own = build(model.config, attention=kind, remat="attention")
         batch = preference.make_batch(config, pairs, micro_batch_size=4, length=160)
@@ -151,5 +152,6 @@ def test_the_step_compiles_for_a_tpu(head_dim):
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (variables, batch), places
     )
     text = jax.jit(partial(run_step, sft, sft.Config(), model)).lower(*arguments).compile().as_text()
+    assert text is not None
     for name in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
         assert name in text

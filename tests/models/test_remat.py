@@ -11,6 +11,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxalign.methods import sft
 from jaxalign.models import build
+from jaxalign.models.attention import Attention
 from jaxalign.models.remat import OFFLOADING, POLICIES
 from tests.layouts import ragged_texts, relative, tiny_config, tiny_model
 
@@ -32,7 +33,7 @@ def rows():
 
 
 @cache
-def compiled(remat, attention="xla"):
+def compiled(remat, attention: Attention = "xla"):
     """The gradient's program for one CPU, or by splash for one chip of a TPU."""
     chip = attention == "splash"
     model = build(CONFIG, remat=remat, attention=attention, compute_dtype="bfloat16" if chip else "float32")
@@ -41,6 +42,12 @@ def compiled(remat, attention="xla"):
         place = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0])
         arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
     return gradient(model).lower(*arguments).compile()
+
+
+def flops(remat) -> float:
+    found = compiled(remat).cost_analysis()
+    assert found is not None
+    return found["flops"]
 
 
 @pytest.mark.parametrize("remat", sorted(set(POLICIES) - set(OFFLOADING)))
@@ -56,7 +63,7 @@ def test_more_is_kept_the_less_is_computed_again():
     assert len(set(temporary)) == len(order) and temporary == sorted(temporary)
     # What `attention` adds at most: an output and a number per head, of each token and layer.
     assert temporary[1] - temporary[0] <= 4 * LAYERS * ROWS * LENGTH * CONFIG.num_heads * (CONFIG.head_dim + 1)
-    most, *between, least = (compiled(remat).cost_analysis()["flops"] for remat in order)
+    most, *between, least = (flops(remat) for remat in order)
     assert all(most > each > least for each in between) and between[2] == min(between)
 
 
@@ -64,5 +71,6 @@ def test_more_is_kept_the_less_is_computed_again():
 @pytest.mark.parametrize(("remat", "kept"), [("offload", "attention"), ("dots_offload", "dots")])
 def test_offloading_moves_what_is_kept_to_the_host(remat, kept):
     moved, stayed = (compiled(each, "splash").memory_analysis() for each in (remat, kept))
+    assert moved is not None and stayed is not None
     assert moved.host_temp_size_in_bytes > 0 and stayed.host_temp_size_in_bytes == 0
     assert moved.temp_size_in_bytes < stayed.temp_size_in_bytes

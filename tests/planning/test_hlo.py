@@ -92,6 +92,7 @@ def test_collectives_of_a_compiled_scan():
     x = jax.ShapeDtypeStruct((8, 32), jnp.float32, sharding=rows)
     weights = jax.ShapeDtypeStruct((6, 32, 32), jnp.float32, sharding=split)
     text = jax.jit(run).lower(x, weights).compile().as_text()
+    assert text is not None
     found = traffic(text, devices=4)
     assert found.collectives["all-gather"] == (6, 6 * 32 * 32 * 4.0)
     assert found.collectives["all-reduce"] == (1, 4.0)

@@ -22,14 +22,23 @@ LARGE = replace(
 )
 
 
-def mesh_of(platform: str, compute_capability: str = "9.0") -> Any:
+def mesh_of(platform: str, compute_capability: str = "9.0", context: int = 1) -> Any:
     return SimpleNamespace(
-        devices=np.array([SimpleNamespace(platform=platform, compute_capability=compute_capability)])
+        devices=np.array([SimpleNamespace(platform=platform, compute_capability=compute_capability)] * context),
+        shape={"context": context},
     )
 
 
 def choose(
-    platform, *, method="preference", config=LARGE, dtype="bfloat16", lengths=None, capability="9.0", **sections
+    platform,
+    *,
+    method="preference",
+    config=LARGE,
+    dtype="bfloat16",
+    lengths=None,
+    capability="9.0",
+    context=1,
+    **sections,
 ):
     stage = parse_config(
         {
@@ -43,7 +52,7 @@ def choose(
     found = {name: np.array([each // 2, each]) for name, each in lengths.items()}
     found["total"] = np.sum(list(found.values()), axis=0)
     examples = cast(Any, SimpleNamespace(lengths=found))
-    stage, why = choose_attention(stage, [examples], config, mesh_of(platform, capability), dtype)
+    stage, why = choose_attention(stage, [examples], config, mesh_of(platform, capability, context), dtype)
     return stage.model.attention, getattr(stage.method, "share_prompt", None), why
 
 
@@ -60,6 +69,7 @@ LONG = {"prompt": 4000, "chosen": 28000, "rejected": 28000}
         ({"platform": "tpu", "method": "sft", "lengths": TEXTS}, "splash", None, "TPUs"),
         ({"platform": "tpu", "method": "sft", "lengths": TEXTS, "dtype": "float64"}, "xla", None, "float64"),
         ({"platform": "tpu", "lengths": LONG, "model": {"attention": "xla"}}, "xla", True, "asked"),
+        ({"platform": "tpu", "method": "sft", "lengths": TEXTS, "context": 2}, "xla", None, "context=2"),
         ({"platform": "gpu"}, "cudnn", True, "GPUs"),
         ({"platform": "gpu", "dtype": "float32"}, "xla", True, "float32"),
         ({"platform": "gpu", "lengths": LONG}, "xla", True, "60000 tokens"),
@@ -97,6 +107,7 @@ def test_completions_yet_to_be_drawn_count_as_the_longest():
     [
         ({"platform": "tpu", "model": {"attention": "splash"}}, "method.share_prompt to false"),
         ({"platform": "cpu", "model": {"attention": "splash"}}, "runs on TPUs, and this is cpu"),
+        ({"platform": "tpu", "context": 2, "model": {"attention": "splash"}}, "over context=2"),
         ({"platform": "tpu", "model": {"attention": "cudnn"}}, "runs on NVIDIA GPUs, and this is tpu"),
         ({"platform": "gpu", "model": {"attention": "cudnn"}, "dtype": "float32"}, "float32"),
         ({"platform": "gpu", "model": {"attention": "cudnn"}, "train": {"row_length": 16384}}, "16384 tokens"),

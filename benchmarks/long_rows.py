@@ -51,7 +51,11 @@ def main() -> None:
     for length, kind, remat in itertools.product(options.lengths, options.attention, options.remat):
         attention.BLOCKWISE_FROM = NEVER if kind == "whole" else 1
         start = time.perf_counter()
-        found = compile_step(MODELS[options.model], length, devices, "splash" if kind == "splash" else "xla", remat)
+        try:
+            found = compile_step(MODELS[options.model], length, devices, "splash" if kind == "splash" else "xla", remat)
+        except jax.errors.JaxRuntimeError as error:  # TPU's compiler refuses what does not fit, and says by how much
+            print(f"{length:>14}  {kind:>14}  {remat:>14}  {str(error).splitlines()[0]}", flush=True)
+            continue
         assert found is not None  # XLA's compilers for CPU, GPU and TPU all say
         sizes = (found.argument_size_in_bytes, found.temp_size_in_bytes, found.host_temp_size_in_bytes)
         cells = [length, kind, remat, *(f"{x / 2**30:.2f}" for x in sizes), f"{time.perf_counter() - start:.0f} s"]

@@ -48,10 +48,10 @@ def _multiply(x, matrices, sizes, *, transposed: bool = False):
 
     def one(group, at, used, y):
         del used
-        part = jax.lax.dynamic_slice(padded, (at, 0), (block, inputs))
+        part = jax.lax.dynamic_slice_in_dim(padded, at, block)
         product = part @ (matrices[group].T if transposed else matrices[group])
         # The rows behind the group's end are written again by the groups that they belong to.
-        return jax.lax.dynamic_update_slice(y, product, (at, 0))
+        return jax.lax.dynamic_update_slice_in_dim(y, product, at, axis=0)
 
     return _each_block(block, sizes, one, jnp.zeros((rows + block, outputs), x.dtype))[:rows]
 
@@ -67,8 +67,8 @@ def _backward(saved, dy):
     wide = jnp.promote_types(matrices.dtype, jnp.float32)
 
     def one(group, at, used, total):
-        part = jax.lax.dynamic_slice(padded, (at, 0), (block, x.shape[1]))
-        cotangent = jax.lax.dynamic_slice(padded_dy, (at, 0), (block, dy.shape[1]))
+        part = jax.lax.dynamic_slice_in_dim(padded, at, block)
+        cotangent = jax.lax.dynamic_slice_in_dim(padded_dy, at, block)
         cotangent = jnp.where(jnp.arange(block)[:, None] < used, cotangent, 0)
         return total.at[group].add(jnp.matmul(part.T, cotangent, preferred_element_type=wide))
 

@@ -263,7 +263,8 @@ class _Decoder(nn.Module):
         c = self.config
         normal = nn.initializers.normal(0.02)
         embed = partial(nn.Embed, features=c.embed_dim, embedding_init=normal, param_dtype=self.param_dtype)
-        x = embed(c.vocab_size, name="embed")(rows.tokens)
+        table = embed(c.vocab_size, name="embed")
+        x = jnp.take(_one_axis(table.embedding), rows.tokens, axis=0) if self.split else table(rows.tokens)
         x = x if noise is None else x + noise.astype(x.dtype)
         if c.learned_positions:
             x = x + embed(c.max_position, name="positions")(rows.positions)
@@ -320,6 +321,12 @@ class _Decoder(nn.Module):
             in_axes=cast("Any", (0, *[nn.broadcast] * 5)),  # flax says nothing of its type but the default, 0
             length=segment.repeats,
         )
+
+
+def _one_axis(table: jax.Array) -> jax.Array:
+    """An embedding table whole along its width: XLA cannot look tokens up in one that is split along both, by stretch."""
+    around = jax.sharding.get_abstract_mesh()
+    return jax.lax.with_sharding_constraint(table, NamedSharding(around, PartitionSpec("tensor", None)))
 
 
 def _by_rows(mesh: Mesh | None, x: jax.Array, cache: Cache | None) -> jax.Array:

@@ -42,7 +42,7 @@ def blocked_matmul(x: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.A
 
 
 def _multiply(x, matrices, sizes, *, transposed: bool = False):
-    (rows, inputs), outputs = x.shape, matrices.shape[1 if transposed else 2]
+    rows, outputs = len(x), matrices.shape[1 if transposed else 2]
     block = _block(rows, len(sizes))
     padded = jnp.pad(x, ((0, block), (0, 0)))
 

@@ -324,7 +324,7 @@ class _Decoder(nn.Module):
 
 
 def _one_axis(table: jax.Array) -> jax.Array:
-    """An embedding table whole along its width: XLA cannot look tokens up in one that is split along both, by stretch."""
+    """An embedding table whole along its width: in a `shard_map` XLA cannot look up in one that is split both ways."""
     around = jax.sharding.get_abstract_mesh()
     return jax.lax.with_sharding_constraint(table, NamedSharding(around, PartitionSpec("tensor", None)))
 

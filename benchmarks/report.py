@@ -104,7 +104,7 @@ def page(sections: Mapping[str, Mapping[str, Any]]) -> str:
     Args:
       sections: by `model/task` or `model/task/batch size`, as `run.py` keeps them in results.json.
     """
-    lines = ["# Results", "", "README.md says what is measured and how."]
+    lines = ["# Results", "", "README.md says what is measured and how; memory of adapters and long rows: MEMORY.md."]
     order = list(KINDS)
     for name in sorted(sections, key=lambda name: (name.split("/")[0], order.index(name.split("/")[1]), name)):
         lines += ["", *section(name, sections[name])]

@@ -59,16 +59,19 @@ class Traffic:
       moved: bytes read from and written to the device's memory.
       collectives: by kind, how many run and the bytes of what each gathers, sums or sends, added up.
       wire: bytes that a ring of the devices involved sends through each device's links for them.
+      largest: bytes of the largest of them.
     """
 
     moved: float = 0.0
     collectives: dict[str, tuple[int, float]] = field(default_factory=dict)
     wire: float = 0.0
+    largest: float = 0.0
 
     def add(self, other: Traffic, times: int = 1) -> None:
         """Adds another's traffic, so many times."""
         self.moved += times * other.moved
         self.wire += times * other.wire
+        self.largest = max(self.largest, other.largest)
         for kind, (count, size) in other.collectives.items():
             have = self.collectives.get(kind, (0, 0.0))
             self.collectives[kind] = (have[0] + times * count, have[1] + times * size)
@@ -272,7 +275,7 @@ def _add_collective(total: Traffic, kind: str, computation: Computation, each: I
     if count == 1:
         return
     share = {"all-reduce": 2 * (count - 1) / count, "collective-permute": 1.0}.get(kind, (count - 1) / count)
-    total.add(Traffic(0.0, {kind: (1, payload)}, share * payload))
+    total.add(Traffic(0.0, {kind: (1, payload)}, share * payload, payload))
 
 
 def _group(rest: str, devices: int) -> int:

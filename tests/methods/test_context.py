@@ -9,8 +9,8 @@ import pytest
 
 from jaxalign.methods import preference, sft
 from jaxalign.models import attention, build
+from jaxalign.planning.hlo import traffic
 from jaxalign.sharding import MeshConfig, batch_shardings, data_shards, make_mesh, param_shardings, place_batch
-from tests.collectives import collectives
 from tests.layouts import SPARSE, ragged_pairs, ragged_texts, relative, tiny_config, tiny_model
 from tests.methods.test_layouts import gradient, reference_filled
 
@@ -76,4 +76,4 @@ def test_a_long_row_takes_half_the_memory_on_two_devices():
     ratio = shared[0].temp_size_in_bytes / alone[0].temp_size_in_bytes
     assert ratio <= 0.65  # gradients, and the logits of a chunk of predictions, are whole on both
     # No whole row's hidden states pass between the devices: keys and values, 2 heads of 8, are the widest.
-    assert max(each.bytes for each in collectives(shared[1])) <= 8192 * 2 * 8 * 4
+    assert 0 < traffic(shared[1]).largest <= 8192 * 2 * 8 * 4

@@ -479,8 +479,8 @@ def test_a_shared_critic_takes_the_blocks_along(online):
         ({"ptx_data": {"max_length": 4000}}, r"ptx_data\.max_length=4000 exceeds the model's context of 256"),
         ({"ptx_data": {"max_length": 20}}, r"(?s)ptx_data: .*ptx_data\.on_bad=drop leaves.*texts\.jsonl:\d+: "),
         (
-            {"ptx_data": {"max_length": 250}, "train": {"row_length": 64}},
-            r"train\.row_length=64, .* or a text of ptx_data, may take \d+",
+            {"ptx_data": {"max_length": 250}, "train": {"row_length": 32}},
+            r"train\.row_length=32, .* or a text of ptx_data, may take 64",
         ),
         ({"method": SMALL_PPO | {"ptx_per_prompt": 3}}, r"method: ptx_per_prompt=3 is read only with ptx_coef above 0"),
         ({"export": {"critic": True}}, r"export\.critic: the method grpo has no critic"),

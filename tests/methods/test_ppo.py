@@ -579,7 +579,7 @@ def test_a_source_mixes_texts_into_its_batches():
         assert isinstance(before, int)
         assert metrics["num_tokens"] == before + tokens and metrics["epoch"] == others["epoch"]
         grads, found = compute(ppo.make_loss(config, models), ppo.totals, state.params, frozen, mixed)
-        without = ppo.make_loss(replace(config, ptx_coef=0.0), models)
+        without = ppo.make_loss(replace(config, ptx_coef=0.0, ptx_per_prompt=1), models)
         wanted, base = compute(without, ppo.totals, state.params, frozen, alone)
         batch = sft.make_batch(sft.Config(), own)
         loss = sft.make_loss(sft.Config(), models.policy)

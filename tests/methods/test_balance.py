@@ -243,7 +243,7 @@ def test_every_method_has_it(name):
         method.make_loss(method.Config(**settings, router_aux_loss_coef=0.1), tiny_model(num_layers=1, windows=(9,))[0])
 
 
-@pytest.mark.parametrize("name", ["kto", "aot"])
+@pytest.mark.parametrize("name", [pytest.param("kto", marks=pytest.mark.slow), "aot"])
 def test_losses_that_couple_the_batch_have_its_gradient(name):
     """It goes through both passes: the same in any split, and linear in the coefficient."""
     method, settings, _, make, _ = METHODS[name]

@@ -39,6 +39,7 @@ def compute(method, dtype, changes, mesh, **layout):
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("compiled_quickly")
 def test_losses_and_gradients_are_those_of_one_device(case, monkeypatch):
     method, sizes, changes, layout = CASES[case]
     if "blocks" in case:

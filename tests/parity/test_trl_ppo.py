@@ -42,7 +42,7 @@ from transformers import (  # noqa: E402
 )
 
 # torch, accelerate and TRL warn about their own deprecations.
-pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 FOLDER = Path(os.environ.get("JAXALIGN_TRL_PPO") or Path(__file__).parents[2] / ".venv-parity" / "trl-1.12.0")
 PAD, EOS, VOCAB = 0, 2, 160

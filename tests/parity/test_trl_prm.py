@@ -32,7 +32,7 @@ from transformers import (  # noqa: E402
 from tests.parity.test_reward import draw_parameters, padded, ragged  # noqa: E402
 from tests.parity.test_trl_ppo import trainers  # noqa: E402, F401  (the fixture that finds TRL 1.12)
 
-pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 TOLERANCE = 1e-4
 ROWS = [

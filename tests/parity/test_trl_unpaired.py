@@ -39,7 +39,7 @@ from tests.parity import test_trl_curves as curves  # noqa: E402
 from tests.parity.test_trl_curves import folders  # noqa: E402, F401
 
 # torch, accelerate and TRL warn about their own deprecations.
-pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 FOLDER = Path(os.environ.get("JAXALIGN_TRL_PPO") or Path(__file__).parents[2] / ".venv-parity" / "trl-1.12.0")
 COUNT, WIDTH, STEPS, BATCH = 9, 12, 5, 5

@@ -164,6 +164,7 @@ def test_ppo_with_critic_and_reward_model(bare, tmp_path):
     assert found["rollout"].memory.temporary > cache
 
 
+@pytest.mark.slow
 def test_grpo_decodes_as_often_as_it_says(bare, tmp_path):
     rewards = {"rewards": [{"name": "regex", "options": {"pattern": "a"}}]}
     mesh = {"data": 1, "tensor": 4, "fsdp": 2}

@@ -35,6 +35,7 @@ def lora(settings):
     return settings | {"lora": {"r": 4}, "train": train, "log": {"logging_steps": 1}}
 
 
+@pytest.mark.slow
 def test_a_dpo_run_resumes_exactly_and_exports_both(lora, monkeypatch, tmp_path, capsys):
     """Stopped after its first save; only the adapter is in the checkpoint."""
     whole = run(parse_config(lora | {"name": "whole"}))

@@ -100,6 +100,7 @@ class Killed(Exception):
     """In place of a signal."""
 
 
+@pytest.mark.slow
 def test_tr_dpo_resumes_exactly(settings, monkeypatch):
     """The reference moves after steps 2, 4 and 6; the run is killed before its sixth batch, checkpointed at 3."""
     settings["method"] = {"name": "tr_dpo", "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.7}

@@ -61,6 +61,7 @@ def test_precomputed_and_live_references_agree_and_the_cache_is_used(settings, t
     assert len(list((tmp_path / "shared").iterdir())) == 2  # training and evaluation data
 
 
+@pytest.mark.slow
 def test_meshes_train_alike(settings):
     losses = []
     for name, mesh in {"a": {"data": 8}, "b": {"data": 1, "fsdp": 4, "tensor": 2}}.items():

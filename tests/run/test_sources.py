@@ -93,7 +93,7 @@ def removed(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "removed.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("streaming", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_mixture_of_three_kinds_is_resumed_exactly(mixed, streaming):
     if streaming:
         mixed["data"] |= {"streaming": True, "shuffle_window": 10}

@@ -103,7 +103,9 @@ def test_sampler_and_trainer_agree_in_bfloat16(small, pad):
     assert 0 < apart.mean() <= 0.05 / 0.7
 
 
-@pytest.mark.parametrize("kind", [None, "nf4"], ids=["merged", "applied over 4 bits"])
+@pytest.mark.parametrize(
+    "kind", [None, pytest.param("nf4", marks=pytest.mark.slow)], ids=["merged", "applied over 4 bits"]
+)
 def test_sampler_and_trainer_agree_under_an_adapter(small, pad, kind):
     """The sampler merges an adapter, or applies it where weights are quantised; the trainer always applies it."""
     variables = small.variables if kind is None else {"params": quantize_params(small.variables["params"], kind)}
@@ -140,7 +142,11 @@ def test_sampler_and_trainer_agree_on_smollm2(smollm2, pad):
     assert apart.mean() <= 1e-5 / 0.7
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.3, "top_p": 0.9, "top_k": 20}], ids=["all", "truncated"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, marks=pytest.mark.slow), {"temperature": 1.3, "top_p": 0.9, "top_k": 20}],
+    ids=["all", "truncated"],
+)
 def test_batch_mates_and_padding_change_no_draw(small, pad, assert_same_draws, options):
     config = Config(max_new_tokens=NEW, eos_ids=EOS_IDS, **options)
 

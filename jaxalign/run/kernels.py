@@ -89,7 +89,6 @@ def costs(stage: Stage, examples: Examples, config: ModelConfig) -> tuple[float,
 def check_offloading(stage: Stage, mesh: Mesh) -> None:
     """Raises ValueError, naming the key, where something cannot be kept in the host's memory, or is there already."""
     given = {
-        "optimizer.offload": stage.optimizer.offload,
         "model.offload_reference": stage.model.offload_reference,
         "model.remat": stage.model.remat in OFFLOADING,
     }

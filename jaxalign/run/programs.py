@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +51,6 @@ def make_training(ready: Prepared, model: Any, shapes: Any, key: jax.Array) -> T
     optimizer, schedule = make_optimizer(stage.optimizer, ready.num_steps)
     init = partial(method.init, stage.method, model, optimizer=optimizer, key=key)
     state, frozen = placed(ready.mesh, jax.eval_shape(init, shapes))
-    if stage.optimizer.offload:
-        own = jax.tree.map(lambda leaf: leaf.sharding, state.opt_state)
-        state = replace(state, opt_state=at(state.opt_state, on_host(own, state.opt_state)))
     step = jax.jit(
         method.make_step(stage.method, model, optimizer, schedule),
         donate_argnums=0,

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxalign.training.offload import offload
 from jaxalign.types import Array
 
 Schedule = Callable[[Array | int], jax.Array]
@@ -37,7 +36,6 @@ class Config:
       adafactor_clip_threshold: largest root mean square of a layer's update before the learning rate.
       adafactor_scale_parameter: multiply an update by the root mean square of its parameter.
       adafactor_min_dim_size_to_factor: a second moment is factored when its two largest axes are at least so long.
-      offload: keep its state in the host's memory between steps; see `training.offload`.
     """
 
     name: str = "adamw"
@@ -54,7 +52,6 @@ class Config:
     adafactor_clip_threshold: float = 1.0
     adafactor_scale_parameter: bool = False
     adafactor_min_dim_size_to_factor: int = 128
-    offload: bool = False
 
 
 def make_optimizer(config: Config, num_steps: int) -> tuple[optax.GradientTransformation, Schedule]:
@@ -76,7 +73,7 @@ def make_optimizer(config: Config, num_steps: int) -> tuple[optax.GradientTransf
     decay = [optax.add_decayed_weights(config.weight_decay, mask=decay_mask)] if config.weight_decay else []
     rate = optax.scale_by_learning_rate(schedule)  # pyright: ignore[reportArgumentType]
     chain = optax.chain(*clip, OPTIMIZERS[config.name](config), *decay, rate)
-    return offload(chain) if config.offload else chain, schedule
+    return chain, schedule
 
 
 def make_schedule(config: Config, num_steps: int) -> Schedule:

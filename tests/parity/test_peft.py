@@ -29,8 +29,8 @@ CASES = {
     "llama3": ("all-linear", {}),
     "qwen2": (["q_proj", "v_proj", "down_proj"], {"use_rslora": True}),
     "gpt2": (["c_attn", "mlp.c_proj"], {}),
-    # Experts have no adapter: attention, and the one dense layer.
-    "qwen3_moe": (["q_proj", "o_proj", "mlp.down_proj"], {}),
+    # Experts have no adapter here; PEFT takes any `down_proj` of this family for theirs.
+    "qwen3_moe": (["q_proj", "o_proj"], {}),
 }
 
 

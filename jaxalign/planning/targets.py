@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from jaxalign.run.hardware import peak_of
+
 GIB = 2**30
 
 
@@ -41,13 +43,6 @@ TPUS = {
     "TPU v6 lite": Chip(31.25 * GIB, 918e12, 1638e9, 400e9),
     "TPU7x": Chip(94.75 * GIB, 1153.5e12, 3690e9, 300e9),
 }
-# First name within the device kind -> FLOP/s and bytes/s, from the makers' data sheets.
-GPUS = (
-    ("H200", 989e12, 4.8e12),
-    ("H100", 989e12, 3.35e12),
-    ("A100", 312e12, 2.039e12),
-    ("L40S", 362e12, 0.864e12),
-)
 KNOWN = "v4:2x2x1, v5e:2x4, v5p:2x2x2, v6e:4x8, tpu7x:2x2x1"
 
 
@@ -89,5 +84,5 @@ def chip_of(device: Any) -> Chip:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return Chip(memory / len(jax.local_devices()))  # virtual devices share the machine
     limit = (device.memory_stats() or {}).get("bytes_limit", 0)
-    _, flops, bandwidth = next((gpu for gpu in GPUS if gpu[0] in kind), ("", None, None))
-    return Chip(limit, flops, bandwidth)
+    peak = peak_of(kind)
+    return Chip(limit) if peak is None else Chip(limit, peak.flops, peak.bandwidth)

@@ -25,7 +25,7 @@ from tests.layouts import VOCAB, tiny_model
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
-KEY = jax.random.key(5)
+KEY = jax.random.key(6)
 SMALL: dict[str, Any] = {"num_layers": 2, "windows": (9, 9)}
 WIDTH, STEPS, GENERATIONS, TEMPERATURE = 16, 10, 3, 0.7
 SIZES = (1, 16, 5, 9, 2, 12, 7)
@@ -130,7 +130,7 @@ def test_one_update_per_rollout_has_ratio_1():
     assert found["clip_ratio/region_mean"] == 0
     assert 0 < found["sampling/sampling_logp_difference/max"] <= 1e-4 / TEMPERATURE
     assert found["sampling/sampling_logp_difference/mean"] <= 1e-5 / TEMPERATURE
-    assert len(set(held(source).lengths.tolist())) > 2
+    assert len(set(held(source).lengths.tolist())) > 3
     assert metrics["completions/clipped_ratio"].value() == np.mean(held(source).finish == LENGTH)
 
 

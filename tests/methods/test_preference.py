@@ -16,7 +16,7 @@ from tests.layouts import ragged_pairs, tiny_model
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
-PAIRS = ragged_pairs(5, seed=3)
+PAIRS = ragged_pairs(5, seed=4)
 ONE_LAYER: dict[str, Any] = {"num_layers": 1, "windows": (None,)}
 
 
@@ -108,8 +108,7 @@ def test_wpo_and_f_divergence(case):
     config = preference.Config(use_weighting=True, f_divergence_type="forward_kl")
     metrics = run(case, preference, config, micro_batch_size=3)
     assert metrics["loss"] == pytest.approx(np.mean(wanted), rel=1e-5)
-    # A difference of log-probs of -10 and more, which nearly cancel.
-    assert metrics["rewards/margins"] == pytest.approx(np.mean(rewards), rel=1e-5, abs=1e-6)
+    assert metrics["rewards/margins"] == pytest.approx(np.mean(rewards), rel=1e-5)
 
 
 def test_mpo(case):

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxalign.models.config import ModelConfig
@@ -40,7 +40,7 @@ class Segments:
     Attributes:
       documents: int32 `[rows, length]`; padding is a document of its own, that nobody reads.
       window: as in `attention.rows_mask`.
-      mesh: over which rows and heads, and with an axis `context` also queries, are split.
+      mesh: over which rows and heads are split.
     """
 
     documents: Array
@@ -86,15 +86,14 @@ def attend_splash(query: Array, key: Array, value: Array, mask: Segments, *, sca
     manual = mesh.manual_axes if isinstance(mesh, AbstractMesh) else ()
     free = () if mesh is None else tuple(name for name in mesh.axis_names if name not in manual)
     sizes: dict[str, int] = {} if mesh is None else {name: mesh.shape[name] for name in free}
-    shards = sizes.get("context", 1)
     length, heads = query.shape[1:3]
-    padded = -(-length // (LANES * shards)) * LANES * shards
+    padded = -(-length // LANES) * LANES
     pad = [(0, 0), (0, 0), (0, padded - length), (0, 0)]
     queries, keys, values = (jnp.pad(x, pad) for x in ((query * scale).swapaxes(1, 2), key, value))
     documents = jnp.pad(mask.documents, pad[1:3])
     split = _split(sizes, key.shape)
     local = heads // math.prod(sizes[name] for name in split[1:2] if name)
-    kernel = _kernel(local, padded, mask.window, softcap, shards, _platform(mask.mesh) != "tpu")
+    kernel = _kernel(local, padded, mask.window, softcap, _platform(mask.mesh) != "tpu")
     run = _over_rows if math.prod(sizes.values()) == 1 else functools.partial(_spread, cast(Any, mesh), sizes, split)
     mixed = run(kernel, queries, keys, values, documents, documents)
     return mixed[:, :, :length].swapaxes(1, 2)
@@ -119,33 +118,32 @@ def _split(sizes: dict[str, int], shape: tuple[int, ...]) -> tuple[tuple[str, ..
 
 
 def _spread(mesh: Mesh | AbstractMesh, sizes: dict[str, int], split: tuple, kernel, *arguments) -> jax.Array:
-    """`_over_rows` on every shard: a kernel is nothing that XLA could split. Queries may be a part of their row."""
-    (rows, tensor), context = split, "context" if sizes.get("context", 1) > 1 else None
-    of_kernel = P() if context is None else kernel.manual_sharding_spec(NamedSharding(mesh, P(None, context)))
-    queries, keys = P(rows, tensor, context), P(rows, tensor)
+    """`_over_rows` on every shard: a kernel is nothing that XLA could split."""
+    rows, tensor = split
+    heads, documents = P(rows, tensor), P(rows)
     return jax.shard_map(
         _over_rows,
         mesh=mesh,
-        in_specs=(of_kernel, queries, keys, keys, P(rows, context), P(rows)),
-        out_specs=queries,
+        in_specs=(P(), heads, heads, heads, documents, documents),
+        out_specs=heads,
         axis_names=frozenset(sizes),
         check_vma=False,
     )(kernel, *arguments)
 
 
 @functools.lru_cache(maxsize=64)
-def _kernel(heads: int, length: int, window: int | None, softcap: float | None, shards: int, interpret: bool):
-    """The kernel over all queries of a row; `shards` parts of them may be cut out of it."""
+def _kernel(heads: int, length: int, window: int | None, softcap: float | None, interpret: bool):
+    """The kernel over all queries of a row."""
     shape = (length, length)
     one = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
-    size = next(size for size in BLOCKS if length % (size * shards) == 0)
+    size = next(size for size in BLOCKS if length % size == 0)
     with jax.ensure_compile_time_eval():
         made = splash.make_splash_mha(
             splash.MultiHeadMask([one] * heads),
             # Not the fused backward kernel: it keeps a gradient of the queries for every block of keys.
             block_sizes=splash.BlockSizes(**dict.fromkeys(_SIZES, size)),
             head_shards=1,
-            q_seq_shards=shards,
+            q_seq_shards=1,
             attn_logits_soft_cap=softcap,
             residual_checkpoint_name=OUTPUT_NAME,
             interpret=interpret,

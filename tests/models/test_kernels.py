@@ -57,12 +57,12 @@ def test_splash_is_attention(window, softcap):
         assert relative(ours, theirs) <= 1e-5
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 1, 2, 2), (4, 1, 1, 1, 2), (1, 2, 1, 4, 1)])
+@pytest.mark.parametrize("shape", [(2, 1, 1, 2), (4, 1, 1, 1), (1, 2, 1, 4)])
 def test_splash_on_a_mesh(shape):
-    """Rows, heads and queries are split; four shards split neither the two rows nor the two heads of keys."""
-    names = ("data", "fsdp", "expert", "tensor", "context")
+    """Rows and heads are split; four shards split neither the two rows nor the two heads of keys."""
+    names = ("data", "fsdp", "expert", "tensor")
     devices = jax.devices()[: int(np.prod(shape))]
-    mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 5, devices=devices)
+    mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 4, devices=devices)
     rows = packed(share=False)
     found = both_ways(rows, splash.segments(rows, 150, mesh), softcap=4.0)
     wanted = both_ways(rows, rows_mask(rows, 150), softcap=4.0)

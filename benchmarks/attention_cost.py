@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.methods.offline import attention_weight
+from jaxalign.methods.row_length import attention_weight
 from jaxalign.models import ModelConfig, Rope, build
 from jaxalign.types import TokenRows
 

@@ -14,7 +14,7 @@ import numpy as np
 import jaxalign
 from jaxalign import packing
 from jaxalign.methods import preference, sft
-from jaxalign.methods.offline import attention_weight
+from jaxalign.methods.row_length import attention_weight, choose_length, prediction_weight
 from jaxalign.models import Model
 from jaxalign.models.attention import rows_mask
 from jaxalign.models.config import forward_flops
@@ -58,7 +58,14 @@ def row_length(method, config, model: Model, rows: list[dict[str, Any]], batch_s
     """The row length that a run on CPU would take for these examples."""
     share = getattr(config, "share_prompt", True)
     pieces = [packing.pieces_of(method.to_document(config, row), share) for row in rows]
-    return packing.choose_length(pieces, batch_size, attention_weight=attention_weight(model.config), multiple=32)
+    batches = [pieces[start : start + batch_size] for start in range(0, len(pieces), batch_size)]
+    return choose_length(
+        batches,
+        batch_size,
+        attention_weight=attention_weight(model.config),
+        prediction_weight=prediction_weight(model.config),
+        multiple=32,
+    )
 
 
 def least_flops(task: str, model: Model, batch: Batch) -> float:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from jaxalign.placing import PREDICTIONS_MULTIPLE, Piece, bucket, place
 from jaxalign.types import Batch, Predictions, TokenRows
 
 
@@ -32,22 +32,6 @@ class Document:
     fields: Mapping[str, tuple[np.ndarray, ...]] = field(default_factory=dict)
     numbers: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     read_last: bool = False
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What is placed in a row without being split, and what it asks for.
-
-    Attributes:
-      size: tokens in the row; the last token of a completion is only a target, so it takes no place, save where it is
-        read.
-      predictions: targets.
-      completions: how many there are in it.
-    """
-
-    size: int
-    predictions: int
-    completions: int = 1
 
 
 @dataclass(frozen=True)
@@ -95,28 +79,6 @@ def unshare(trunk: int, branches: Sequence[int], targets: int = 0, *, read_last:
     return [measure(trunk, [n], targets=wanted[i], read_last=read_last) for i, n in enumerate(branches)]
 
 
-def bucket(n: int, multiple: int = 1) -> int:
-    """The smallest allowed count >= n: in steps of an eighth of the power of two below, so that few shapes compile."""
-    units = -(-max(n, 1) // multiple)
-    step = max(1, 1 << max(0, (units - 1).bit_length() - 4))
-    return -(-units // step) * step * multiple
-
-
-def first_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
-    """First-fit decreasing: indices of `sizes` per row; equal sizes keep their order."""
-    rows: list[list[int]] = []
-    free: list[int] = []
-    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        row = next((r for r, space in enumerate(free) if space >= sizes[index]), None)
-        if row is None:
-            row = len(rows)
-            rows.append([])
-            free.append(length)
-        rows[row].append(index)
-        free[row] -= sizes[index]
-    return rows
-
-
 def plan(
     pieces: Sequence[Sequence[Piece]],
     *,
@@ -125,7 +87,7 @@ def plan(
     length: int,
     shards: int = 1,
     processes: int = 1,
-    predictions_multiple: int = 32,
+    predictions_multiple: int = PREDICTIONS_MULTIPLE,
 ) -> Plan:
     """Plans a global batch.
 
@@ -153,8 +115,8 @@ def plan(
         per_process = []
         for process in range(processes):
             names = _names([i for i in members if i % processes == process], pieces)
-            sizes = [_piece(pieces, name).size for name in names]
-            packed = tuple(tuple(names[i] for i in row) for row in first_fit(sizes, length))
+            placed = place([_piece(pieces, name) for name in names], length)
+            packed = tuple(tuple(names[i] for i in row) for row in placed)
             predictions = [sum(_piece(pieces, name).predictions for name in row) for row in packed]
             most_rows, most_predictions = max(most_rows, len(packed)), max([most_predictions, *predictions])
             per_process.append(packed)
@@ -247,39 +209,6 @@ def pieces_of(document: Document, share_prompt: bool) -> list[Piece]:
         sizes = [len(branch) for branch in document.branches]
         return unshare(len(document.trunk), sizes, _prompt_targets(document), read_last=document.read_last)
     return [measure_document(document)]
-
-
-def choose_length(
-    pieces: Sequence[Sequence[Piece]],
-    micro_batch_size: int,
-    *,
-    attention_weight: float,
-    multiple: int = 64,
-    longest: int | None = None,
-) -> int:
-    """The row length that makes a set of examples cheapest to train on.
-
-    Cuts the examples into micro-batches as they stand, packs each at every candidate length (multiples of `multiple`
-    between the longest example and four times that) and adds up `rows * length * (1 + attention_weight * length)`.
-
-    Args:
-      pieces: of a sample of the data set, in training order or shuffled.
-      micro_batch_size: documents per micro-batch.
-      attention_weight: cost of one token attending to one key, over the cost of one token in the blocks.
-      multiple: row lengths are multiples of this.
-      longest: the data set's longest piece, where the sample may lack it.
-    """
-    sizes = [[piece.size for piece in document] for document in pieces]
-    longest = max([longest or 1, *(size for document in sizes for size in document)])
-    shortest = -(-longest // multiple)
-    cuts = range(0, len(sizes), micro_batch_size)
-    groups = [list(itertools.chain.from_iterable(sizes[i : i + micro_batch_size])) for i in cuts]
-
-    def cost(length: int) -> float:
-        rows = sum(bucket(len(first_fit(group, length))) for group in groups)
-        return rows * length * (1 + attention_weight * length)
-
-    return min((n * multiple for n in range(shortest, 4 * shortest + 1)), key=cost)
 
 
 def efficiency(batch: Batch) -> float:

@@ -14,6 +14,7 @@ PACKAGE = ROOT / "jaxalign"
 # Lowest first. A module imports from stages below its own and from its own package.
 ORDER = (
     ("types",),
+    ("placing",),
     ("packing",),
     ("losses", "sharding", "exchange", "buckets"),
     ("models",),

@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxalign.packing import Document, Piece, bucket, build, choose_length, efficiency, first_fit, pack, pieces_of, plan
+from jaxalign.methods.row_length import choose_length
+from jaxalign.packing import Document, build, efficiency, pack, pieces_of, plan
+from jaxalign.placing import Piece, bucket, first_fit, place, share_out
 
 
 def document(trunk, *branches):
@@ -105,12 +107,12 @@ def test_every_target_follows_its_own_history(sizes, micro_batch_size, share, sh
     assert batch.rows.tokens.shape[1] % shards == 0
     seen = set()
     rows, asked = batch.rows, batch.predictions
-    for micro, row, place in zip(*np.nonzero(asked.completions >= 0), strict=True):
-        number = asked.completions[micro, row, place]
+    for micro, row, slot in zip(*np.nonzero(asked.completions >= 0), strict=True):
+        number = asked.completions[micro, row, slot]
         example, branch = divmod(int(number), 2)
         wanted = documents[micro * micro_batch_size + example]
-        step, source = asked.steps[micro, row, place], asked.sources[micro, row, place]
-        assert asked.targets[micro, row, place] == wanted.branches[branch][step]
+        step, source = asked.steps[micro, row, slot], asked.sources[micro, row, slot]
+        assert asked.targets[micro, row, slot] == wanted.branches[branch][step]
         own = rows.documents[micro, row] == rows.documents[micro, row, source]
         visible = own & np.isin(rows.branches[micro, row], [0, int(rows.branches[micro, row, source])])
         if step == 0:
@@ -131,6 +133,53 @@ def test_first_fit_places_each_piece_once_and_overfills_nothing(sizes, length):
     assert all(sum(sizes[i] for i in row) <= length for row in rows)
     # At most one row of a first-fit packing is half empty.
     assert sum(sum(sizes[i] for i in row) * 2 <= length for row in rows) <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 100), st.integers(0, 100)), max_size=40), st.integers(100, 250))
+def test_placing_evens_predictions_out_and_takes_no_row_more(pieces, length):
+    pieces = [Piece(size, min(size, asked)) for size, asked in pieces]
+    sizes = [piece.size for piece in pieces]
+    rows, packed = place(pieces, length), first_fit(sizes, length)
+    assert sorted(i for row in rows for i in row) == list(range(len(pieces)))
+    assert all(sum(sizes[i] for i in row) <= length for row in rows)
+    assert len(rows) == len(packed)
+
+
+def test_a_row_need_not_hold_all_predictions():
+    # Longest first, first fit: [0, 1], [2, 3]; one row would be asked for 60 predictions, the other for 4.
+    pieces = [Piece(50, 30), Piece(50, 30), Piece(50, 2), Piece(50, 2)]
+    assert [sum(pieces[i].predictions for i in row) for row in first_fit_of(pieces, 100)] == [60, 4]
+    assert [sum(pieces[i].predictions for i in row) for row in place(pieces, 100)] == [32, 32]
+    # Evened out, both of 40 would lie beside each other and the last of 30 would find no row: the first fit stands.
+    tight = [Piece(60, 5), Piece(40, 1), Piece(40, 1), Piece(30, 1), Piece(30, 1)]
+    assert place(tight, 100) == first_fit_of(tight, 100) == [[0, 1], [2, 3, 4]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 100), max_size=24), st.integers(1, 6))
+def test_sharing_out_gives_each_document_a_place_of_its_own(sizes, micro_batch_size):
+    micro_batches = -(-24 // micro_batch_size)
+    places = share_out([[Piece(size, 1)] for size in sizes], micro_batches, micro_batch_size)
+    assert len(set(places)) == len(sizes) and all(0 <= each < micro_batches * micro_batch_size for each in places)
+
+
+def test_sharing_out_evens_tokens_and_then_predictions_out():
+    # As they stand the first micro-batch would have 360 tokens and the second 40.
+    pieces = [[Piece(90, 1)]] * 4 + [[Piece(10, 1)]] * 4
+    tokens = [0, 0]
+    for document, at in zip(pieces, share_out(pieces, 2, 4), strict=True):
+        tokens[at // 4] += document[0].size
+    assert tokens == [200, 200]
+    pieces = [[Piece(50, 40 if i % 2 == 0 else 2)] for i in range(8)]
+    asked = [0, 0]
+    for document, at in zip(pieces, share_out(pieces, 2, 4), strict=True):
+        asked[at // 4] += document[0].predictions
+    assert asked == [84, 84]
+
+
+def first_fit_of(pieces, length):
+    return first_fit([piece.size for piece in pieces], length)
 
 
 @given(st.integers(1, 5000), st.integers(1, 16))
@@ -178,8 +227,16 @@ def test_an_absent_example_is_not_present():
 def test_row_length_that_packs_best():
     # Two of these fill 256 tokens and leave 60 % of 320 unused; three would need 384.
     pieces = [[Piece(126, 10)] for _ in range(64)]
-    assert choose_length(pieces, 8, attention_weight=1e-9) in (128, 256, 384, 512)
-    assert choose_length(pieces, 8, attention_weight=1.0) == 128  # where attention is dear, short rows win
+    assert choose_length([pieces], 8, attention_weight=1e-9) in (128, 256, 384, 512)
+    assert choose_length([pieces], 8, attention_weight=1.0) == 128  # where attention is dear, short rows win
+
+
+def test_row_length_that_wastes_few_predictions():
+    # Rows of 128 hold one piece each, so seven of eight have room for 90 predictions that nobody asks for; a row of 512
+    # holds four.
+    pieces = [[Piece(126, 96 if i % 8 == 0 else 4)] for i in range(64)]
+    assert choose_length([pieces], 8, attention_weight=1e-4) == 128
+    assert choose_length([pieces], 8, attention_weight=1e-4, prediction_weight=1.0) == 512
 
 
 def test_efficiency_counts_padding():

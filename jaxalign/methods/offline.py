@@ -13,18 +13,16 @@ from jax.sharding import Mesh
 
 from jaxalign.data import Bad, Batches, Examples, MixtureOrder, Removed, Stream, StreamBatch, StreamBatches
 from jaxalign.methods.common import Example, borrows, to_documents
+from jaxalign.methods.row_length import attention_weight, choose_length, prediction_weight
 from jaxalign.models import ModelConfig
-from jaxalign.models.config import count_params
 from jaxalign.models.context import length_multiple
-from jaxalign.packing import build, choose_length, pieces_of, plan
+from jaxalign.packing import build, pieces_of, plan
+from jaxalign.placing import Piece, share_out
 from jaxalign.sharding import data_shards, place_batch, rows_stay_in_processes
 from jaxalign.types import Batch
 
 # How many micro-batches `choose_length` looks at: enough for a steady mean, few enough to take no time.
 SAMPLED_MICRO_BATCHES = 64
-# Time per FLOP of attention over that of the blocks' matrix products, which its softmax and its small products raise. A
-# round figure for one that varies: `benchmarks/attention_cost.py` gave 3.8 for SmolLM2's blocks on 2 CPU cores.
-ATTENTION_SLOWNESS = 2.5
 
 
 class ExampleList(Protocol):
@@ -76,10 +74,18 @@ class Layout:
 
 @dataclass(frozen=True)
 class Packed:
-    """A batch on the host: its rows of this process, and the `num_tokens` of the global batch's examples."""
+    """A batch on the host.
+
+    Attributes:
+      batch: the rows of this process.
+      num_tokens: of the global batch's examples.
+      places: of each example, where it lies in the batch: example i has place `p % micro_batch_size` in micro-batch
+        `p // micro_batch_size`, with `p = places[i]`.
+    """
 
     batch: Batch
     num_tokens: int
+    places: tuple[int, ...]
 
 
 class OfflineSource:
@@ -165,11 +171,17 @@ def make_layout(
         share = getattr(config, "share_prompt", True)
         documents = to_documents(method, config, [first[int(i)] for i in order], max_length)
         pieces = [pieces_of(document, share) for document in documents]
+        batches = [pieces[start : start + batch_size] for start in range(0, len(pieces), batch_size)]
         # A tensor core or a systolic array wants multiples of 128; on CPU padding costs more than an odd shape.
         multiple = 32 if mesh.devices.flat[0].platform == "cpu" else 128
-        weight = attention_weight(model)
-        needed = max(longest, least)
-        length = choose_length(pieces, micro, attention_weight=weight, multiple=multiple, longest=needed)
+        length = choose_length(
+            batches,
+            micro,
+            attention_weight=attention_weight(model),
+            prediction_weight=prediction_weight(model),
+            multiple=multiple,
+            longest=max(longest, least),
+        )
     length = split_length(length, mesh)
     return Layout(batch_size, micro, length, shards, process, processes, max_length)
 
@@ -197,18 +209,6 @@ def split(mesh: Mesh, micro_batch_size: int) -> tuple[int, int, int]:
             "devices of `tensor` and `context` that share rows belong to one process"
         )
     return data_shards(mesh) // processes, jax.process_index(), processes
-
-
-def attention_weight(model: ModelConfig) -> float:
-    """Cost of one token attending to one key over that of one token in the blocks."""
-    return (
-        ATTENTION_SLOWNESS
-        * 2
-        * model.num_layers
-        * model.num_heads
-        * model.head_dim
-        / count_params(model, embeddings=False, active=True)
-    )
 
 
 def make_batches(
@@ -298,24 +298,30 @@ def make_source(
 
 def pack_global(method: ModuleType, config: Any, examples: Sequence[Example], layout: Layout) -> Packed:
     """This process's rows of a global batch; the micro-batches are always as many as a full batch has."""
-    documents = dict(enumerate(to_documents(method, config, examples, layout.max_length)))
-    share = getattr(config, "share_prompt", True)
+    documents = to_documents(method, config, examples, layout.max_length)
+    micro_batches, size = layout.batch_size // layout.micro_batch_size, layout.micro_batch_size
+    pieces = [pieces_of(document, getattr(config, "share_prompt", True)) for document in documents]
+    places = share_out(pieces, micro_batches, size)
+    # The last batch of an epoch leaves places empty.
+    shared: list[Sequence[Piece]] = [()] * (micro_batches * size)
+    for place, each in zip(places, pieces, strict=True):
+        shared[place] = each
     planned = plan(
-        [pieces_of(document, share) for document in documents.values()],
-        micro_batches=layout.batch_size // layout.micro_batch_size,
-        micro_batch_size=layout.micro_batch_size,
+        shared,
+        micro_batches=micro_batches,
+        micro_batch_size=size,
         length=layout.length,
         shards=layout.shards,
         processes=layout.processes,
     )
     batch = build(
         planned,
-        documents,
-        micro_batch_size=layout.micro_batch_size,
+        dict(zip(places, documents, strict=True)),
+        micro_batch_size=size,
         completions=method.COMPLETIONS,
         process=layout.process,
     )
-    return Packed(batch, sum(method.count_tokens(example) for example in examples))
+    return Packed(batch, sum(method.count_tokens(example) for example in examples), tuple(places))
 
 
 def packing_report(method: ModuleType, config: Any, examples: ExampleList, layout: Layout) -> dict[str, float]:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.models import Model, ModelConfig
-from jaxalign.packing import first_fit
+from jaxalign.placing import first_fit
 from jaxalign.sharding import batch_shardings, data_shards, replicated
 from jaxalign.types import Array, Predictions, TokenRows, Variables
 

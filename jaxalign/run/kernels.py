@@ -13,7 +13,7 @@ from jaxalign.config import Stage
 from jaxalign.data import Examples
 from jaxalign.methods import METHODS
 from jaxalign.methods.common import is_online, needs_reference
-from jaxalign.methods.offline import ATTENTION_SLOWNESS, attention_weight
+from jaxalign.methods.row_length import ATTENTION_SLOWNESS, attention_weight
 from jaxalign.models import ModelConfig, context
 from jaxalign.models.attention import BLOCKWISE_FROM, MISFITS
 from jaxalign.models.cudnn import HEAD_DIM

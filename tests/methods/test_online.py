@@ -19,7 +19,7 @@ from jaxalign.sampling.generate import EOS, LENGTH, STOP
 from jaxalign.sharding import MeshConfig, data_shards, make_mesh, param_shardings
 from jaxalign.training import storable
 from jaxalign.training.checkpoint import Checkpoints
-from jaxalign.training.loop import TIMINGS
+from jaxalign.training.timings import TIMINGS
 from jaxalign.types import Experience, Samples
 from tests.layouts import VOCAB, tiny_model
 

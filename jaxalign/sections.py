@@ -198,7 +198,8 @@ class RolloutSection:
       slots: completions drawn at the same time, over all devices; None = all.
       refill: how many slots must be free before they take new completions; None = a quarter of them.
       cache_dtype: of cached keys and values; None = that of computation.
-      reward_timeout: seconds that the reward functions may take for a rollout.
+      reward_timeout: seconds that the reward functions may take for a rollout; those that end their own work in time,
+        as `python_tests`, have as many as that may take.
       on_reward_error: `raise`, or `none`: what a reward function fails at gets no score.
       eval_prompts: how many prompts of the evaluation data are answered; None = all.
       mesh: sizes of the mesh that completions are drawn on, over the same devices; None = the stage's `mesh`.

@@ -23,8 +23,8 @@ from jaxalign.methods import METHODS, PRESETS
 from jaxalign.methods.common import needs_reference, score_labels, trains_scores
 from jaxalign.methods.running import with_carry
 from jaxalign.sections import CompareSection
-from jaxalign.training.loop import TIMINGS
 from jaxalign.training.optimizer import Config, make_optimizer
+from jaxalign.training.timings import TIMINGS
 from tests.layouts import ragged_pairs, ragged_steps, ragged_texts, ragged_thumbs, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent

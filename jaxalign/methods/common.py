@@ -178,6 +178,12 @@ def start_nothing(config: Any) -> dict[str, float]:
     return {}
 
 
+def no_drawn_metrics(config: Any, drawn: Experience) -> Metrics:
+    """Metrics of all that was drawn, of a method that learns from all of it: `estimate` gives them."""
+    del config, drawn
+    return {}
+
+
 def no_batch_fields(config: Any, experience: Experience, micro_batches: int) -> dict[str, np.ndarray]:
     """Numbers of the whole rollout: none."""
     del config, experience, micro_batches

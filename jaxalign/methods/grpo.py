@@ -111,10 +111,23 @@ def batch_fields(config: Config, experience: Experience, micro_batches: int) -> 
     return {"window_tokens": np.full(micro_batches, mean, np.float32)}
 
 
+def drawn_metrics(config: Config, drawn: Experience) -> Metrics:
+    """Of the weighted scores of all that was drawn, whether it is learnt from or not."""
+    outcomes = _outcomes(config, drawn)
+    known = outcomes[~np.isnan(outcomes)]
+    flat = np.asarray(losses.without_signal(outcomes, drawn.groups))
+    metrics: dict[str, Any] = {"reward": Mean(float(known.sum()), float(len(known)))}
+    if drawn.num_generations > 1:
+        metrics["frac_reward_zero_std"] = Mean(float(flat.sum()), float(len(flat)))
+    if len(known) > 1:
+        metrics["reward_std"] = Mean(float(known.std(ddof=1)), 1.0)
+    return metrics
+
+
 def estimate(
     config: Config, experience: Experience, carry: dict[str, float]
 ) -> tuple[Experience, Metrics, dict[str, float]]:
-    """Scores -> advantages, and the metrics of a rollout."""
+    """Scores -> advantages, and metrics of what is learnt from."""
     mask, groups, known = experience.mask, experience.groups, dict(experience.fields)
     truncated = experience.finish == 0
     outcomes = _outcomes(config, experience)
@@ -135,7 +148,7 @@ def estimate(
         in_loss &= ~truncated[:, None]
     known |= {"advantages": advantages.astype(np.float32), "loss_mask": in_loss.astype(np.float32)}
     known.setdefault("old_logps", known["sampler_logps"])
-    metrics = _rollout_metrics(experience, outcomes)
+    metrics: dict[str, Any] = {}
     if "old_logps" in experience.fields:
         apart = np.abs(experience.fields["old_logps"] - known["sampler_logps"])[mask].astype(np.float64)
         metrics["sampling/sampling_logp_difference/mean"] = Mean(float(apart.sum()), float(len(apart)))
@@ -255,14 +268,3 @@ def _outcomes(config: Config, experience: Experience) -> np.ndarray:
     return outcomes + np.asarray(
         losses.overlong_penalty(experience.lengths, max_length=steps, cache=config.overlong_cache)
     )
-
-
-def _rollout_metrics(experience: Experience, outcomes: np.ndarray) -> dict[str, Any]:
-    known = outcomes[~np.isnan(outcomes)]
-    flat = np.asarray(losses.without_signal(outcomes, experience.groups))
-    metrics: dict[str, Any] = {"reward": Mean(float(known.sum()), float(len(known)))}
-    if experience.num_generations > 1:
-        metrics["frac_reward_zero_std"] = Mean(float(flat.sum()), float(len(flat)))
-    if len(known) > 1:
-        metrics["reward_std"] = Mean(float(known.std(ddof=1)), 1.0)
-    return metrics

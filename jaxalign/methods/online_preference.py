@@ -125,22 +125,42 @@ def fields(config: Config) -> tuple[str, ...]:
     return ("ref_logps",)
 
 
+def drawn_metrics(config: Config, drawn: Experience) -> Metrics:
+    """Of all that was drawn, whether its prompt made a pair or not."""
+    scores = _scores(config, drawn)
+    known = scores[~np.isnan(scores)]
+    return {
+        "reward": _mean(known),
+        "objective/scores": _mean(known),
+        "val/contain_eos_token": _mean(drawn.finish > 0),
+    }
+
+
 def estimate(
     config: Config, experience: Experience, carry: dict[str, float]
 ) -> tuple[Experience, Metrics, dict[str, float]]:
-    """The best and the worst completion of each prompt, in this order, and the metrics of the rollout."""
+    """The best and the worst completion of each prompt, in this order, and metrics of the prompts that make a pair.
+
+    The KL divergence and the entropy are estimated from the sampler's log-probs, which are those of the policy at the
+    config's temperature, over all of a prompt's completions.
+    """
     scores = _scores(config, experience).reshape(len(experience.prompts), -1)
     # The first of equals, so that the choice is a function of the scores alone.
     chosen = np.nanargmax(scores, axis=1)
     rejected = np.nanargmin(scores, axis=1)
     rows = np.arange(len(scores))
     margins = scores[rows, chosen] - scores[rows, rejected]
-    known = scores[~np.isnan(scores)]
+    mask, sampled = experience.mask, experience.fields["sampler_logps"].astype(np.float64)
+    entropy = -np.where(mask, sampled, 0.0).sum(1)
+    penalty = -config.beta * np.where(mask, sampled - experience.fields["ref_logps"], 0.0).sum(1)
+    total = (scores.reshape(-1) + penalty)[~np.isnan(scores.reshape(-1))]
     metrics: dict[str, Any] = {
-        "reward": Mean(float(known.sum()), float(known.size)),
-        "objective/scores": Mean(float(known.sum()), float(known.size)),
-        "objective/scores_margin": Mean(float(margins.sum()), float(len(margins))),
-        "val/contain_eos_token": Mean(float((experience.finish > 0).sum()), float(len(experience.finish))),
+        "objective/scores_margin": _mean(margins),
+        "objective/kl": _mean(-penalty / config.beta),
+        "objective/entropy": _mean(entropy),
+        "objective/non_score_reward": _mean(penalty),
+        "objective/rlhf_reward": _mean(total),
+        "beta": Mean(config.beta, 1.0),
     }
     pairs = choose_completions(experience, np.stack([chosen, rejected], axis=1))
     return pairs, metrics, carry
@@ -161,3 +181,7 @@ def _scores(config: Config, experience: Experience) -> np.ndarray:
     if config.missing_eos_penalty is not None:
         scores -= np.where(experience.finish == 0, config.missing_eos_penalty, 0.0)
     return scores
+
+
+def _mean(values: np.ndarray) -> Mean:
+    return Mean(float(values.sum()), float(len(values)))

@@ -39,6 +39,7 @@ CRITIC = True
 LEARNING_RATE = 3e-6
 
 batch_fields = common.no_batch_fields
+drawn_metrics = common.no_drawn_metrics
 make_logps = common.make_policy_logps
 
 

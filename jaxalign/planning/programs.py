@@ -19,7 +19,7 @@ from jaxalign.methods.online import pack_update
 from jaxalign.methods.running import carries, make_carry_program
 from jaxalign.planning.work import Work, forward_of_batch, generation_of, training_of
 from jaxalign.rewards.model import CALL_TOKENS, make_reader, pack_texts
-from jaxalign.run.online import draw_mesh, language_model, online_models, prompt_width, scorer_model
+from jaxalign.run.online import draw_mesh, language_model, online_models, prompt_width
 from jaxalign.run.prepare import Prepared, sampling_config
 from jaxalign.run.programs import (
     Training,
@@ -31,6 +31,7 @@ from jaxalign.run.programs import (
     placed_reference,
     start_shapes,
 )
+from jaxalign.run.rollout_scores import scorer_model
 from jaxalign.run.scoring import reward_names
 from jaxalign.run.supervised import make_supervised
 from jaxalign.sharding import batch_shardings, data_shards, decode_shards, rows_sharding

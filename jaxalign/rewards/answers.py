@@ -122,7 +122,8 @@ def math_equivalence(*, column: str = "answer", seconds: float = 5.0, unreadable
             for i, (reference, value) in enumerate(zip(columns[column], values, strict=True))
         ]
 
-    return Reward("math_equivalence", reward, reads=(column,))
+    # What is ended is asked about a second time.
+    return Reward("math_equivalence", reward, reads=(column,), longest=lambda n: 2 * workers.longest(n))
 
 
 def reasoning_gym(*, column: str = "entry", extract: str = "tag", seconds: float = 10.0) -> Reward:
@@ -147,7 +148,7 @@ def reasoning_gym(*, column: str = "entry", extract: str = "tag", seconds: float
         answers = [EXTRACTORS[extract](text_of(completion)) for completion in completions]
         return workers.map(list(zip(columns[column], answers, strict=True)))
 
-    return Reward("reasoning_gym", reward, reads=(column,))
+    return Reward("reasoning_gym", reward, reads=(column,), longest=workers.longest)
 
 
 def final_number(text: str, *, strict: bool = False) -> Decimal | None:

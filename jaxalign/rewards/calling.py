@@ -21,6 +21,10 @@ from jaxalign.rewards.contract import Reward, RewardError, Text, text_of
 from jaxalign.rewards.threads import start_thread
 
 ON_ERROR = ("raise", "none")
+_MEND = (
+    "Give it more time (in a run rollout.reward_timeout, else timeout), or let what fails have no score (in a run "
+    "rollout.on_reward_error: none, else on_error)"
+)
 _log = logging.getLogger("jaxalign")
 
 
@@ -42,7 +46,8 @@ def call_rewards(
       prompts: n texts or lists of messages.
       completions: n texts or lists of messages.
       columns: further columns of the data set by name, n values each; `completion_ids` (token ids) among them.
-      timeout: seconds for the whole batch.
+      timeout: seconds for the whole batch; a reward that ends its own work in time has as many as that may take
+        (`Reward.longest`).
       on_error: "raise", or "none": what fails gives no score and a warning in the log. When a function raises, it is
         called again one sample at a time, to keep the other samples' scores (or to name the sample).
 
@@ -86,16 +91,17 @@ def _score(
     scores = np.full((n, len(rewards)), np.nan)
     if not n or not rewards:
         return scores
-    deadline = time.monotonic() + timeout
+    start = time.monotonic()
     calls = _start(rewards, given, n, keep_going, timeout)
-    wait([future for future, _ in calls], max(0.0, deadline - time.monotonic()))
     texts = [text_of(completion) for completion in given["completions"]]
     for number, (reward, (future, thread)) in enumerate(zip(rewards, calls, strict=True)):
+        limit = timeout if reward.longest is None else max(timeout, reward.longest(n))
+        wait([future], max(0.0, start + limit - time.monotonic()))
         if future.done():
             checked = _check(reward.name, future.result(), texts)
         else:
-            told = f"reward {reward.name!r} has not returned after {timeout:g} s for {n} samples, the first of which "
-            checked = [RewardError(f"{told}starts {_start_of(texts[0])}{_where(thread)}")] * n
+            told = f"reward {reward.name!r} has not returned after {limit:g} s for {n} samples, the first of which "
+            checked = [RewardError(f"{told}starts {_start_of(texts[0])}{_where(thread)}. {_MEND}")] * n
         failures = [score for score in checked if isinstance(score, Exception)]
         if failures and not keep_going:
             raise failures[0]

@@ -30,12 +30,15 @@ class Reward:
       function: `(prompts, completions, **columns) -> scores`, or the same as `async def`.
       options: hyper-parameters, passed by keyword.
       reads: columns that the function needs without naming them in its signature.
+      longest: of a function that ends its own work in time: the seconds that it takes at most for so many completions.
+        The time limit of a call is never less than that.
     """
 
     name: str
     function: RewardFunction
     options: Mapping[str, Any] = field(default_factory=dict)
     reads: tuple[str, ...] = ()
+    longest: Callable[[int], float] | None = None
 
     @property
     def __name__(self) -> str:

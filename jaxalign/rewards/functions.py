@@ -51,7 +51,7 @@ def json_valid(*, schema: Mapping[str, Any] | None = None, fence: bool = True, s
         checked = iter(workers.map([value for value in values if value]))
         return [_as_score(next(checked)) if value else 0.0 for value in values]
 
-    return Reward("json_valid", reward)
+    return Reward("json_valid", reward, longest=None if workers is None else workers.longest)
 
 
 def regex(*, pattern: str, flags: str = "", mode: str = "search", seconds: float = 1.0) -> Reward:
@@ -74,7 +74,7 @@ def regex(*, pattern: str, flags: str = "", mode: str = "search", seconds: float
     def reward(prompts, completions, **columns) -> Scores:
         return [_as_score(value) for value in workers.map([(text_of(completion),) for completion in completions])]
 
-    return Reward("regex", reward)
+    return Reward("regex", reward, longest=workers.longest)
 
 
 def format_tags(*, tags: Sequence[str] = ("think", "answer"), partial: bool = False, opened: bool = False) -> Reward:

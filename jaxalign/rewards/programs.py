@@ -9,7 +9,8 @@ import re
 from typing import Any
 
 from jaxalign.rewards.contract import Reward, Scores, text_of
-from jaxalign.rewards.sandbox import Limits, Outcome, Program, SandboxError, describe_sandbox, run_programs
+from jaxalign.rewards.sandbox import Limits, Outcome, Program, SandboxError, describe_sandbox, longest_run, run_programs
+from jaxalign.rewards.threads import rounds
 
 _FENCE = re.compile(r"[ \t]*```[ \t]*([\w+-]*)")
 _PYTHON = ("", "py", "python", "python3")
@@ -82,7 +83,11 @@ def python_tests(
             scores[i] = judge(outcome)
         return scores
 
-    return Reward("python_tests", reward, reads=tuple(filter(None, (column, setup_column, entry_point_column))))
+    def longest(completions: int) -> float:
+        return rounds(completions, workers) * longest_run(limits)
+
+    reads = tuple(filter(None, (column, setup_column, entry_point_column)))
+    return Reward("python_tests", reward, reads=reads, longest=longest)
 
 
 def last_python_block(text: str) -> str | None:

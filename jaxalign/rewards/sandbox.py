@@ -151,6 +151,11 @@ def run_programs(
     return map_in_threads(one, programs, workers)
 
 
+def longest_run(limits: Limits) -> float:
+    """Seconds after which a program has ended, or the sandbox has been given up."""
+    return limits.seconds + 2 * _GRACE
+
+
 def describe_sandbox(without: Collection[str] | None = None) -> dict[str, Any]:
     """What holds on this machine, found out by running an empty program.
 

@@ -51,6 +51,11 @@ def map_in_threads(
     return results
 
 
+def rounds(items: int, workers: int | None = None) -> int:
+    """How many items `map_in_threads` does at most one after the other in a thread, where each takes as long."""
+    return -(-items // (workers or cores()))
+
+
 def cores() -> int:
     """Processors that this process may use."""
     try:

@@ -14,7 +14,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxalign.rewards.sandbox import bootstrap
-from jaxalign.rewards.threads import cores, map_in_threads
+from jaxalign.rewards.threads import cores, map_in_threads, rounds
+
+MOST = 16  # workers at once
+START = 20.0  # seconds in which a worker has started, and its libraries are there
 
 
 class TaskError(RuntimeError):
@@ -45,7 +48,11 @@ class Workers:
 
     def map(self, arguments: Sequence[Sequence[Any]]) -> list[Any]:
         """The task's value for each list of arguments (JSON data), or a `TaskError` in its place."""
-        return map_in_threads(self._run, arguments, min(cores(), 16))
+        return map_in_threads(self._run, arguments, min(cores(), MOST))
+
+    def longest(self, tasks: int) -> float:
+        """Seconds that `map` takes at most, where each task is ended in a worker that had to be started."""
+        return rounds(tasks, min(cores(), MOST)) * (self._settings["seconds"] + START)
 
     def _run(self, arguments: Sequence[Any]) -> Any:
         with self._lock:

@@ -23,7 +23,7 @@ from jaxalign.run.bucket import Mirror, export_url, working
 from jaxalign.run.compare import check_prompts, compare
 from jaxalign.run.critic import FOLDER as CRITIC
 from jaxalign.run.evaluate import evaluate_stage
-from jaxalign.run.folder import check_shared, create_folder, find_folder, locked, record_stage, write_text
+from jaxalign.run.folder import check_shared, find_folder, locked, record_stage, write_config, write_text
 from jaxalign.run.inputs import Say
 from jaxalign.run.prepare import Prepared, check_data, prepare, resolve_dtype
 from jaxalign.run.stage import MakeProgress, StageResult, finished, run_stage
@@ -89,10 +89,12 @@ def run(
         mirror = Mirror(f"{config.runs_dir.rstrip('/')}/{folder.name}", folder) if here is not config else None
         if not resumed:
             check_stages(config)
-            from_first(lambda: create_folder(here, folder))
+            from_first(lambda: write_config(here, folder))
         if mirror is None:
             check_shared(folder)
         with locked(folder) if is_first() else nullcontext():
+            if resumed:
+                from_first(lambda: write_config(here, folder))
             say(f"run: {mirror.url if mirror else folder} ({'continued' if resumed else 'new'})")
             say(f"backend: {describe_backend()}")
             return _run_stages(config, folder, mirror, say, make_progress, show)

@@ -16,8 +16,9 @@ from jaxalign.methods.common import for_evaluation, is_online, make_eval_step, n
 from jaxalign.methods.offline import ExampleList, OfflineSource, make_batches
 from jaxalign.methods.running import carries, with_carry
 from jaxalign.run.inputs import Say, attach_reference, load_policy, load_start
-from jaxalign.run.online import load_scoring, make_judge
+from jaxalign.run.online import make_judge
 from jaxalign.run.prepare import Prepared, prepare
+from jaxalign.run.rollout_scores import load_scoring
 from jaxalign.training.metrics import Interval
 from jaxalign.types import Batch, Variables
 

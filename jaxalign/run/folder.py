@@ -11,7 +11,7 @@ import platform
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,15 @@ PACKAGES = (
     "transformers",
     "datasets",
     "numpy",
+)
+
+# What may change while a run goes on: what is kept, shown, and done about rewards that fail, not what is learnt.
+OPERATIONAL = (
+    "rollout.reward_timeout",
+    "rollout.on_reward_error",
+    "train.save_steps",
+    "train.save_total_limit",
+    "log.",
 )
 
 
@@ -60,7 +69,7 @@ def find_folder(config: RunConfig, *, fresh: bool = False) -> tuple[Path, bool]:
             raise ValueError(f"{folder} exists and holds no run (there is no config.yaml in it): choose another `name`")
         # Where a run lies is not what it is: a run may be moved, and `--fresh` gives it another name.
         before, now = (
-            {key: value for key, value in each.items() if key not in ("name", "runs_dir")}
+            {key: value for key, value in _without_operational(each).items() if key not in ("name", "runs_dir")}
             for each in (read_config_text(kept.read_text()) or {}, config.resolved)
         )
         changes = difference(before, now)
@@ -74,8 +83,21 @@ def find_folder(config: RunConfig, *, fresh: bool = False) -> tuple[Path, bool]:
     return folder, False
 
 
-def create_folder(config: RunConfig, folder: Path) -> None:
-    """Makes a run's folder with its config.yaml.
+def _without_operational(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved config without the keys that may change while its run goes on."""
+
+    def kept(section: Any, name: str) -> Any:
+        if not isinstance(section, Mapping):
+            return section
+        return {key: each for key, each in section.items() if f"{name}.{key}" not in OPERATIONAL}
+
+    here = {name: kept(each, name) for name, each in resolved.items() if f"{name}." not in OPERATIONAL}
+    stages = here.get("stages")
+    return {**here, "stages": [_without_operational(each) for each in stages]} if stages else here
+
+
+def write_config(config: RunConfig, folder: Path) -> None:
+    """Writes a run's config.yaml, its folder too where there is none yet.
 
     Raises:
       OSError: it cannot be written.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,17 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxalign import data, losses, models, rewards, sampling
-from jaxalign.exchange import from_all
+from jaxalign import data, losses, models, sampling
 from jaxalign.methods.common import has_critic
 from jaxalign.methods.online import OnlineSource, Parts
 from jaxalign.methods.rollout import Draw, Pass, make_draw, reward_metrics, rollout_metrics, select, to_experience
-from jaxalign.rewards.model import make_scorer
 from jaxalign.run.adapting import adapt, extended_config, longer_context
 from jaxalign.run.inputs import ADAPTER, HEAD, load_start
 from jaxalign.run.prepare import Prepared, sampling_config
 from jaxalign.run.programs import base_shapes, make_field_passes
-from jaxalign.run.scoring import load_functions, reward_names
+from jaxalign.run.rollout_scores import Scoring, weights_of
 from jaxalign.run.supervised import make_supervised
 from jaxalign.sampling import bucket_width
 from jaxalign.sharding import Mesh, remesh
@@ -29,71 +27,6 @@ from jaxalign.types import Experience, Mean, Metrics, PyTree, Variables
 
 # No step has this number: the noise of evaluations is none of theirs.
 EVALUATION = np.iinfo(np.int32).max - 2
-# Names under which reward functions are given what was drawn, and columns that it takes the place of.
-DRAWN = ("prompt", "prompts", "completion", "completions", "completion_ids")
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """The rewards of a stage, loaded.
-
-    Attributes:
-      names: of the rewards, in order.
-      weights: of them.
-      start: begins to score a rollout of examples, see `methods.online.Score`.
-    """
-
-    names: tuple[str, ...]
-    weights: tuple[float, ...]
-    start: Callable[[data.Examples, Experience], Callable[[], np.ndarray]]
-
-
-def load_scoring(ready: Prepared) -> Scoring:
-    """Loads reward functions and reward models."""
-    section = ready.stage.rollout
-    functions, scorers, order = [], [], []
-    for each, function in zip(section.rewards, load_functions(section), strict=True):
-        if function is None:
-            order.append((len(scorers), True))
-            scorers.append(_load_scorer(ready, each.model or ""))
-        else:
-            order.append((len(functions), False))
-            functions.append(function)
-
-    def start(examples: data.Examples, experience: Experience) -> Callable[[], np.ndarray]:
-        # Each process calls the functions for prompts of its own; reward models run on all devices together.
-        own = select(experience, np.arange(jax.process_index(), len(experience.prompts), jax.process_count()))
-        pending = None
-        if functions and len(own.prompts):
-            given = _given(ready, examples, own)
-            pending = rewards.start_rewards(
-                functions, **given, timeout=section.reward_timeout, on_error=section.on_reward_error
-            )
-        by_model = [score(_sequences(experience)) for score in scorers]
-
-        def collect() -> np.ndarray:
-            mine = pending.result() if pending else np.zeros((len(own.tokens), 0))
-            by_function = _from_owners(experience, mine, len(functions))
-            columns = [by_model[i] if is_model else by_function[:, i] for i, is_model in order]
-            return np.stack(columns, axis=1).astype(np.float64)
-
-        return collect
-
-    return Scoring(reward_names(section), tuple(each.weight for each in section.rewards), start)
-
-
-def _from_owners(experience: Experience, mine: np.ndarray, columns: int) -> np.ndarray:
-    """float64 `[completions, columns]` on every process, from what each has of its own prompts' completions."""
-    owner = (np.arange(len(experience.tokens)) // experience.num_generations) % jax.process_count()
-    table = np.full((len(owner), columns), np.nan)
-    if columns:
-        table[owner == jax.process_index()] = mine
-    return from_all(table)[owner, np.arange(len(owner))]
-
-
-def weights_of(ready: Prepared, scoring: Scoring) -> tuple[float, ...]:
-    """The method's weights of the rewards, else those that the rewards came with."""
-    return ready.stage.method.reward_weights or scoring.weights
 
 
 def prompt_width(ready: Prepared) -> int:
@@ -257,10 +190,18 @@ def make_judge(ready: Prepared, scoring: Scoring, examples: data.Examples) -> Ca
     draw = draw_with(ready, sampling_config(ready, temperature=0.0, num_generations=1, slots=slots), width)
     prompts = [np.asarray(judged[i]["prompt_ids"]) for i in range(len(judged))]
 
+    def parts(experience: Experience) -> Iterator[Experience]:
+        # As many at once as in a rollout: the time limit is for that many.
+        for first in range(0, len(prompts), at_once):
+            yield select(experience, np.arange(first, min(first + at_once, len(prompts))))
+
+    def scored(part: Experience) -> np.ndarray:
+        return scoring.start(judged, part)()
+
     def evaluate(variables: Variables) -> Metrics:
         samples = draw(variables, prompts, jax.random.key(EVALUATION))
         experience = to_experience(prompts, np.arange(len(prompts)), samples, width, len(scoring.names))
-        experience = replace(experience, scores=scoring.start(judged, experience)())
+        experience = replace(experience, scores=np.concatenate([scored(part) for part in parts(experience)]))
         total = np.asarray(losses.sum_scores(experience.scores, np.asarray(weights_of(ready, scoring))))
         known = total[~np.isnan(total)]
         per_reward = {n: m for n, m in reward_metrics(scoring.names, experience).items() if n.endswith("mean")}
@@ -274,12 +215,12 @@ def make_judge(ready: Prepared, scoring: Scoring, examples: data.Examples) -> Ca
 
 
 def make_online_samples(ready: Prepared, scoring: Scoring, source: OnlineSource) -> OnSample:
-    """Records of the current rollout: the first prompts with their first completions and scores."""
+    """Records of the current rollout as it was drawn: the first prompts with their first completions and scores."""
     decode = ready.data.tokenizer.decode
 
     def sample(number: int, state: Any) -> Iterable[dict[str, Any]]:
         del number, state
-        experience = source.experience
+        experience = source.drawn
         if experience is None:
             return []
         records = []
@@ -310,55 +251,3 @@ def language_model(ready: Prepared, variables: Variables) -> Variables:
         return {name: part for name, part in tree.items() if name != "score"}
 
     return {kind: keep(tree) if kind in ("params", "frozen") else tree for kind, tree in variables.items()}
-
-
-def scorer_model(ready: Prepared, path: str) -> models.Model:
-    """The functions of a reward model, as `_load_scorer` has them."""
-    return models.build(
-        models.load_config(path),
-        param_dtype=ready.stage.model.param_dtype,
-        compute_dtype=ready.compute_dtype,
-        mesh=ready.mesh,
-    )
-
-
-def _load_scorer(ready: Prepared, path: str) -> Callable[[list[np.ndarray]], np.ndarray]:
-    model, variables = models.load(
-        path,
-        mesh=ready.mesh,
-        param_dtype=ready.stage.model.param_dtype,
-        compute_dtype=ready.compute_dtype,
-    )
-    return make_scorer(model, variables, mesh=ready.mesh if ready.mesh.size > 1 else None)
-
-
-def _sequences(experience: Experience) -> list[np.ndarray]:
-    """Prompt and completion together, one per completion."""
-    size = experience.num_generations
-    return [
-        np.concatenate(
-            [
-                experience.prompts[c // size, : experience.prompt_lengths[c // size]],
-                experience.tokens[c, : experience.lengths[c]],
-            ]
-        )
-        for c in range(len(experience.tokens))
-    ]
-
-
-def _given(ready: Prepared, examples: data.Examples, experience: Experience) -> dict[str, Any]:
-    """What reward functions are given: texts, or messages where the data has messages, and the data's columns."""
-    tokenizer, size = ready.data.tokenizer, experience.num_generations
-    ids = [row[:n].tolist() for row, n in zip(experience.tokens, experience.lengths, strict=True)]
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    found = [examples.row(int(i)) for i in experience.examples]
-    rows = [row for row in found for _ in range(size)]
-    prompts = [row["prompt"] for row in rows]
-    completions = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
-    # JSON rows may have different columns, and a column of the data is not what was drawn here.
-    names = dict.fromkeys(name for row in (examples.row(0), *found) for name in row if name not in DRAWN)
-    columns = {name: [row.get(name) for row in rows] for name in names}
-    return {"prompts": prompts, "completions": completions, "columns": {**columns, "completion_ids": ids}}

@@ -15,7 +15,9 @@ from jaxalign import models
 from jaxalign.config import Stage
 from jaxalign.exchange import from_first, is_first
 from jaxalign.methods.common import is_online, join_variables, split_start
+from jaxalign.methods.online import NoSignalError
 from jaxalign.models.config import forward_flops, mean_attended
+from jaxalign.rewards import RewardError
 from jaxalign.run.adapting import describe_training
 from jaxalign.run.bucket import Mirror
 from jaxalign.run.critic import export_critic
@@ -181,7 +183,7 @@ def _train(
         if jax.tree.leaves(frozen):
             _, frozen = split_start(ready.method, begin.load())
     pieces = begin.pieces(frozen)
-    resume_step = restored.step if restored else None
+    resume_step = loop.written_until(restored)
     with ExitStack() as stack:
         title = stage.name or stage.method_name
         writers = open_writers(folder, stage.log.report_to, resume_step=resume_step, name=title, config=asdict(stage))
@@ -193,7 +195,9 @@ def _train(
             found = Interval().add(pieces.evaluate(state)).values()
             for writer in writers:
                 writer.write(0, {f"eval_{name}": value for name, value in found.items()})
-        progress = make_progress(ready.num_steps, resume_step or 0, title) if make_progress else nullcontext()
+        progress = (
+            make_progress(ready.num_steps, restored.step if restored else 0, title) if make_progress else nullcontext()
+        )
         result = loop.fit(
             state,
             frozen,
@@ -208,8 +212,17 @@ def _train(
             samples=samples,
             show=show,
             progress=stack.enter_context(progress),
+            recoverable=_recoverable(ready),
         )
         return result, frozen, begin.model
+
+
+def _recoverable(ready: Prepared) -> tuple[type[Exception], ...]:
+    """Errors after which a stage's last step can be saved, see `loop.fit`."""
+    if not is_online(ready.method):
+        return ()
+    # The source undoes what it began whatever went wrong, but only these are raised on every process.
+    return (Exception,) if jax.process_count() == 1 else (RewardError, NoSignalError)
 
 
 def _loop_config(ready: Prepared) -> loop.Config:

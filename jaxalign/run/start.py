@@ -19,7 +19,6 @@ from jaxalign.methods.running import CarryingSource, carry_along
 from jaxalign.run.evaluate import make_evaluate
 from jaxalign.run.inputs import Examples, Say, attach_reference, load_policy, load_reference, load_start
 from jaxalign.run.online import (
-    load_scoring,
     make_online_evaluate,
     make_online_samples,
     make_online_source,
@@ -28,6 +27,7 @@ from jaxalign.run.online import (
 )
 from jaxalign.run.prepare import Prepared
 from jaxalign.run.programs import start_shapes
+from jaxalign.run.rollout_scores import load_scoring
 from jaxalign.run.stream import make_stream_source
 from jaxalign.training import loop
 from jaxalign.types import Variables

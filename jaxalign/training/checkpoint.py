@@ -74,6 +74,9 @@ class Checkpoints:
       before: called on process 0, in the background, when a save is written, before it counts.
       after: called with the steps saved when it counts and old ones are deleted. A save fails where either fails.
 
+    Attributes:
+      latest: the step saved or restored last, None before.
+
     Raises:
       ValueError: a limit under 1.
     """
@@ -93,6 +96,7 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
         self._thread: threading.Thread | None = None
         self._failure: tuple[int, BaseException] | None = None
+        self.latest: int | None = None
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -128,6 +132,7 @@ class Checkpoints:
             self._make_room(step)
             manager = self._open(step)
             manager.save(step, args=items, force=True)
+        self.latest = step
         self._thread = threading.Thread(target=self._finish, args=(manager, step, frozenset(keep)), name="checkpoint")
         self._thread.start()
 
@@ -179,6 +184,7 @@ class Checkpoints:
             raise ValueError(f"{which} damaged in {self.folder}: {reasons}; move the folder away to start anew")
         if chosen == NONE:
             return None
+        self.latest = chosen
         return self._read(chosen, like, source, rejected)
 
     def _choose(self, step: int | None) -> tuple[int, tuple[Rejected, ...]]:

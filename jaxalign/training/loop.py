@@ -4,10 +4,15 @@ What happens at step k, in this order, so that a run killed anywhere continues b
 metrics of k - 1 are read; where something is due the metrics of k are read too, logged, then evaluation, samples, and
 the checkpoint last. A checkpoint at k holds the state after k updates, the source before its batch k + 1, and the sums
 behind the next log line; on resume the metric files are cut after step k.
+
+Where a reward or an evaluation fails, the last step is saved before the error goes on. If that was between the step and
+its checkpoint, the checkpoint says that nothing of step k was written (`Tally.written`): on resume the files are cut
+before step k, and what is due after it is done anew.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,27 +25,13 @@ from jaxalign.training import guards, schedule
 from jaxalign.training.metrics import Interval, JsonLines, Number, Writer
 from jaxalign.training.schedule import Best, Config, Tally
 from jaxalign.training.state import TrainState
+from jaxalign.training.timings import Lap, elsewhere, speed
 from jaxalign.types import Max, Mean, Metric, Min, PyTree, Sum
 
 if TYPE_CHECKING:
     from jaxalign.training.checkpoint import Checkpoints, Restored
 
-# Measured by the clock: all other metrics of a resumed run are those of an uninterrupted one, bit for bit.
-TIMINGS = frozenset(
-    {
-        "step_time",
-        "tokens_per_second",
-        "mfu",
-        "device_memory_gib",
-        "eval_runtime",
-        "train_runtime",
-        "train_samples_per_second",
-        "train_steps_per_second",
-        "timing_s/sampling",
-        "timing_s/scoring",
-        "timing_s/passes",
-    }
-)
+logger = logging.getLogger("jaxalign")
 
 JittedStep = Callable[[Any, Any, Any], tuple[Any, Mapping[str, Metric | Number]]]
 Evaluate = Callable[[Any], Mapping[str, Metric | Number | None]]
@@ -59,7 +50,10 @@ class Source(Protocol):
         ...
 
     def state(self) -> Any:
-        """What `storable.pack` can save, such that a source that restores it gives the same next batch."""
+        """What `storable.pack` can save, such that a source that restores it gives the same next batch.
+
+        After a `next` that raised one of `fit`'s `recoverable` errors it is the state before that call.
+        """
         ...
 
     def restore(self, state: Any) -> None:
@@ -99,16 +93,8 @@ class _Run:
     samples: JsonLines | None
     show: Show | None
     progress: Callable[[int, Mapping[str, float]], None] | None
+    recoverable: tuple[type[Exception], ...]
     start: float
-
-
-@dataclass(frozen=True)
-class _Lap:
-    """Where a stretch of timed steps began."""
-
-    time: float
-    step: int
-    tokens: float
 
 
 def fit(
@@ -126,13 +112,14 @@ def fit(
     samples: JsonLines | None = None,
     show: Show | None = None,
     progress: Callable[[int, Mapping[str, float]], None] | None = None,
+    recoverable: tuple[type[Exception], ...] = (),
 ) -> FitResult:
     """Trains until `num_steps`, early stopping or a stop signal.
 
     A run that resumes:
 
         restored = checkpoints.restore(abstract_state)
-        writers = open_writers(folder, resume_step=restored.step if restored else None)
+        writers = open_writers(folder, resume_step=written_until(restored))
         fit(restored.state if restored else init(), ..., checkpoints=checkpoints, restored=restored, writers=writers)
 
     Args:
@@ -149,6 +136,8 @@ def fit(
       samples: `samples.jsonl`.
       show: (step, the same records) -> None, for a person to look at.
       progress: called after every step with its number and latest metrics, for a progress bar.
+      recoverable: errors of `source.next` after which the source is as it was before, raised on all processes together:
+        the last step is saved before they are raised. The same holds for evaluation, on one process for any error.
 
     Raises:
       FloatingPointError: the loss or the gradient is not finite; nothing of that step is saved.
@@ -156,26 +145,45 @@ def fit(
       ValueError: the config asks for what is not given.
     """
     schedule.check(config, checkpoints is not None, evaluate is not None)
-    run = _Run(config, source, checkpoints, writers, evaluate, on_sample, samples, show, progress, time.perf_counter())
+    run = _Run(
+        config,
+        source,
+        checkpoints,
+        writers,
+        evaluate,
+        on_sample,
+        samples,
+        show,
+        progress,
+        recoverable,
+        time.perf_counter(),
+    )
     done, frozen = _resume(source, restored), _on_devices(frozen)
-    lap, waiting, reason = _Lap(run.start, done.step, done.tokens), None, schedule.ended(config, done, False)
+    lap, waiting, reason = Lap(run.start, done.step, done.tokens), None, schedule.ended(config, done, False)
     number = done.step
     with guards.stop_signals() as asked, guards.count_compiles() as compiles:
         dispatch = guards.Dispatcher(step, compiles)
+        if not done.written:
+            done, lap, reason = _act(run, state, done, lap, False)
         while reason is None:
+            try:
+                with jax.transfer_guard("allow"):
+                    batch, extra = source.next(state)
+                    batch = _on_devices(batch)
+            except recoverable:
+                if waiting is not None:
+                    done, lap = _log_if_due(run, _read(run, done, waiting, lap), lap)
+                _rescue(run, state, done)
+                raise
             number += 1
-            with jax.transfer_guard("allow"):
-                batch, extra = source.next(state)
-                batch = _on_devices(batch)
             state, metrics, pause = dispatch(number, state, frozen, batch)
-            lap = replace(lap, time=lap.time + pause)
+            lap = replace(lap, time=lap.time + pause, elsewhere=elsewhere(lap, extra))
             if waiting is not None:
-                done, lap = _read(run, done, waiting, lap)
+                done, lap = _log_if_due(run, _read(run, done, waiting, lap), lap)
             waiting, stop = (number, metrics, extra), asked(number)
             if stop or schedule.due(config, number):
-                done, lap = _read(run, done, waiting, lap)
+                done, lap, reason = _act(run, state, _read(run, done, waiting, lap), lap, stop)
                 waiting = None
-                done, lap, reason = _act(run, state, done, lap, stop)
     summary, best = _finish(run, done, reason), _best_to_load(config, done, reason)
     if checkpoints is not None and best is not None:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
@@ -183,6 +191,13 @@ def fit(
         loaded = checkpoints.restore(like, best, source=False)
         state = cast("Restored", loaded).state
     return FitResult(state, done.step, reason, done.best, summary)
+
+
+def written_until(restored: Restored | None) -> int | None:
+    """The last step of which all is written down where a run resumes, None for a new run."""
+    if restored is None:
+        return None
+    return restored.step if Tally.from_json(restored.meta).written else restored.step - 1
 
 
 def _on_devices(tree: PyTree) -> PyTree:
@@ -197,8 +212,8 @@ def _resume(source: Source, restored: Restored | None) -> Tally:
     return Tally.from_json(restored.meta)
 
 
-def _read(run: _Run, done: Tally, waiting: tuple, lap: _Lap) -> tuple[Tally, _Lap]:
-    """Waits for a step's metrics, adds them up, and logs when that is due."""
+def _read(run: _Run, done: Tally, waiting: tuple, lap: Lap) -> Tally:
+    """Waits for a step's metrics and adds them up."""
     number, metrics, extra = waiting
     fetched = {**jax.device_get(metrics), **jax.device_get(extra)}
     latest = Interval().add(fetched)
@@ -207,40 +222,46 @@ def _read(run: _Run, done: Tally, waiting: tuple, lap: _Lap) -> tuple[Tally, _La
     tokens = latest.values().get("num_tokens", done.tokens)
     done = replace(done, total=done.total.add(losses), step=number, interval=done.interval.add(fetched), tokens=tokens)
     if run.progress is not None:
-        run.progress(number, {**latest.values(), **_timings(run.config, done, lap)})
-    return _log(run, done, lap) if schedule.every(run.config.logging_steps, number) else (done, lap)
+        run.progress(number, {**latest.values(), **speed(run.config, done, lap)})
+    return done
 
 
 def _mean(value: Metric | Number) -> Metric:
     return value if isinstance(value, Mean | Min | Max | Sum) else Mean(float(value), 1.0)
 
 
-def _log(run: _Run, done: Tally, lap: _Lap) -> tuple[Tally, _Lap]:
+def _log_if_due(run: _Run, done: Tally, lap: Lap) -> tuple[Tally, Lap]:
+    return _log(run, done, lap) if schedule.every(run.config.logging_steps, done.step) else (done, lap)
+
+
+def _log(run: _Run, done: Tally, lap: Lap) -> tuple[Tally, Lap]:
     if not done.interval.parts:
         return done, lap
-    _write(run, done.step, {**done.interval.values(), **_timings(run.config, done, lap)})
-    return replace(done, interval=Interval()), _Lap(time.perf_counter(), done.step, done.tokens)
+    _write(run, done.step, {**done.interval.values(), **speed(run.config, done, lap)})
+    rollouts = None if lap.elsewhere is None else 0.0
+    return replace(done, interval=Interval()), Lap(time.perf_counter(), done.step, done.tokens, rollouts)
 
 
-def _timings(config: Config, done: Tally, lap: _Lap) -> dict[str, float]:
-    """Speed since `lap`, without compilations, evaluations, samples and the blocking part of saves."""
-    seconds, steps = time.perf_counter() - lap.time, done.step - lap.step
-    if steps < 1 or seconds <= 0:
-        return {}
-    timings = {"step_time": seconds / steps}
-    if done.tokens > lap.tokens:
-        timings["tokens_per_second"] = (done.tokens - lap.tokens) / seconds
-    if config.flops_per_step and config.peak_flops:
-        timings["mfu"] = config.flops_per_step * steps / seconds / config.peak_flops
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    peaks = [stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat]
-    return {**timings, "device_memory_gib": max(peaks) / 2**30} if peaks else timings
+def _act(run: _Run, state: Any, read: Tally, lap: Lap, stop: bool) -> tuple[Tally, Lap, str | None]:
+    """Log, evaluation, samples, checkpoint: whatever is due after a step whose metrics are read and not yet logged."""
+    try:
+        done, lap = _log_if_due(run, replace(read, written=True), lap)
+        start = time.perf_counter()
+        done, lap, reason = _look(run, state, done, lap, stop)
+    except Exception as error:
+        # Several processes save together, or not at all.
+        if jax.process_count() == 1 or isinstance(error, run.recoverable):
+            _rescue(run, state, replace(read, written=False))
+        raise
+    new = done.best != read.best
+    if run.checkpoints is not None and (reason or new or schedule.every(run.config.save_steps, done.step)):
+        _save(run, run.checkpoints, state, done)
+    return done, replace(lap, time=lap.time + time.perf_counter() - start), reason
 
 
-def _act(run: _Run, state: Any, done: Tally, lap: _Lap, stop: bool) -> tuple[Tally, _Lap, str | None]:
-    """Evaluation, samples, checkpoint: whatever is due after this step."""
-    start, config, last = time.perf_counter(), run.config, done.step == run.config.num_steps
-    before = done.best
+def _look(run: _Run, state: Any, done: Tally, lap: Lap, stop: bool) -> tuple[Tally, Lap, str | None]:
+    """Evaluation and samples, and whether the run ends here."""
+    config, last = run.config, done.step == run.config.num_steps
     if run.evaluate is not None and (last or schedule.every(config.eval_steps, done.step)):
         done = _evaluate(run, run.evaluate, state, done)
     if run.on_sample is not None and schedule.every(config.sample_steps, done.step):
@@ -248,9 +269,7 @@ def _act(run: _Run, state: Any, done: Tally, lap: _Lap, stop: bool) -> tuple[Tal
     reason = schedule.ended(config, done, stop)
     if reason in ("completed", "early_stopped"):
         done, lap = _log(run, done, lap)
-    if run.checkpoints is not None and (reason or done.best != before or schedule.every(config.save_steps, done.step)):
-        _save(run, run.checkpoints, state, done)
-    return done, replace(lap, time=lap.time + time.perf_counter() - start), reason
+    return done, lap, reason
 
 
 def _evaluate(run: _Run, evaluate: Evaluate, state: Any, done: Tally) -> Tally:
@@ -275,7 +294,22 @@ def _sample(run: _Run, records: Iterable[Mapping[str, Any]], step: int) -> None:
         run.show(step, records)
 
 
+def _rescue(run: _Run, state: Any, done: Tally) -> None:
+    """Saves the last step because of an error; where that fails too, the first error is still the one to raise."""
+    if run.checkpoints is None or done.step in (0, run.checkpoints.latest):
+        return
+    try:
+        _save(run, run.checkpoints, state, done)
+        run.checkpoints.wait()
+    except Exception as error:
+        logger.warning("after an error step %d could not be saved: %s", done.step, error)
+    else:
+        logger.warning("stopped by an error after step %d, which is saved: the same command continues", done.step)
+
+
 def _save(run: _Run, checkpoints: Checkpoints, state: Any, done: Tally) -> None:
+    if done.step == checkpoints.latest:  # saved because of an error, and gone on from
+        return
     seconds = done.seconds + time.perf_counter() - run.start
     keep = () if done.best is None else (done.best.step,)
     checkpoints.save(done.step, state, run.source.state(), done.to_json(seconds), keep=keep)

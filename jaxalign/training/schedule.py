@@ -66,6 +66,7 @@ class Tally:
       best: the best evaluation.
       stale: evaluations since the last improvement.
       seconds: wall-clock time of earlier processes of this run.
+      written: whether what is due after this step was done: log, evaluation, samples.
     """
 
     step: int = 0
@@ -75,20 +76,22 @@ class Tally:
     best: Best | None = None
     stale: int = 0
     seconds: float = 0.0
+    written: bool = True
 
     def to_json(self, seconds: float) -> dict[str, Any]:
         """This, after so many seconds of wall-clock time in all."""
         best = self.best and {"step": self.best.step, "value": self.best.value}
         sums = {"interval": self.interval.to_json(), "total": self.total.to_json()}
         rest = {"tokens": self.tokens, "best": best, "stale": self.stale, "seconds": seconds}
-        return {"step": self.step, **sums, **rest}
+        return {"step": self.step, "written": self.written, **sums, **rest}
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> Tally:
         """The inverse of `to_json`."""
         interval, total = (Interval.from_json(state[name]) for name in ("interval", "total"))
         best = Best(**state["best"]) if state["best"] else None
-        return cls(state["step"], interval, total, state["tokens"], best, state["stale"], state["seconds"])
+        rest = {name: state[name] for name in ("step", "tokens", "stale", "seconds")}
+        return cls(**rest, interval=interval, total=total, best=best, written=state.get("written", True))
 
 
 def every(interval: int | None, number: int) -> bool:

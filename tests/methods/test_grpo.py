@@ -233,13 +233,15 @@ def test_a_rollout_s_metrics_by_hand():
     """Scores 1, 2, none / 0, 0, 0 with weight 2, and a second reward of 0.5 where there is one."""
     scores = [[1, 0.5], [2, NAN], [NAN, NAN], [0, NAN], [0, NAN], [0, NAN]]
     config = Config(num_generations=3, reward_weights=(2.0, 1.0), advantage="none")
-    found, metrics, _ = grpo.estimate(config, experience_of([3, 1, 2, 2, 4, 1], scores), {})
+    drawn = experience_of([3, 1, 2, 2, 4, 1], scores)
+    found, _, _ = grpo.estimate(config, drawn, {})
+    metrics = grpo.drawn_metrics(config, drawn)
     outcomes = [2.5, 4, 0, 0, 0]
     wanted = {"reward": np.mean(outcomes), "reward_std": np.std(outcomes, ddof=1), "frac_reward_zero_std": 3 / 6}
     assert values_of(metrics) == pytest.approx(wanted, rel=1e-6)
     np.testing.assert_array_equal(found.fields["loss_mask"].sum(1), [3, 1, 0, 2, 4, 1])
     np.testing.assert_allclose(found.fields["advantages"][:, 0], [-0.75, 0.75, 0, 0, 0, 0])
-    silent = grpo.estimate(config, replace(found, scores=np.full((6, 2), NAN)), {})[1]
+    silent = grpo.drawn_metrics(config, replace(found, scores=np.full((6, 2), NAN)))
     assert "reward_std" not in silent and silent["reward"].value() is None
 
 

@@ -1,5 +1,6 @@
 """The source of online methods: fresh rollouts, who learns from what and when, resuming, dynamic sampling, metrics."""
 
+import time
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
@@ -13,13 +14,14 @@ import pytest
 from jaxalign import sampling
 from jaxalign.methods import grpo
 from jaxalign.methods.offline import Layout
-from jaxalign.methods.online import TIMES, NoSignalError, OnlineSource, Parts
+from jaxalign.methods.online import TIMES, NoSignalError, OnlineSource, Parts, Pending
 from jaxalign.methods.rollout import make_draw, row_length
+from jaxalign.rewards import RewardError
 from jaxalign.sampling.generate import EOS, LENGTH, STOP
 from jaxalign.sharding import MeshConfig, data_shards, make_mesh, param_shardings
 from jaxalign.training import storable
 from jaxalign.training.checkpoint import Checkpoints
-from jaxalign.training.loop import TIMINGS
+from jaxalign.training.timings import TIMINGS
 from jaxalign.types import Experience, Samples
 from tests.layouts import VOCAB, tiny_model
 
@@ -103,6 +105,12 @@ def policy_passes(config, variables):
     reference = jax.tree.map(lambda x: x * 0.98, variables)
     runs = {"policy": logps, "reference": lambda params, batch: logps(reference, batch)}
     return {name: runs[role] for name, role in grpo.passes(config, narrow=False).items()}
+
+
+def shown(source: OnlineSource) -> Experience:
+    drawn = source.drawn
+    assert drawn is not None
+    return drawn
 
 
 def fresh_logps(config, variables, batch):
@@ -302,10 +310,104 @@ def test_dynamic_sampling_fills_the_batch_with_groups_that_differ():
     assert not np.array_equal(held(source).tokens[:6], held(source).tokens[6:])
     found = {name: metric.value() for name, metric in metrics.items() if name.startswith("dynamic")}
     assert found == {"dynamic_sampling/rollouts": 3, "dynamic_sampling/kept": 4 / 12}
-    assert metrics["frac_reward_zero_std"].value() == 0 and metrics["epoch"] == 12 / 7
-    assert metrics["completions/mean_length"].weight == 4 * GENERATIONS
+    # Rewards and lengths are of all that was drawn.
+    assert metrics["frac_reward_zero_std"].value() == 8 / 12 and metrics["epoch"] == 12 / 7
+    assert metrics["reward"].weight == metrics["completions/mean_length"].weight == 12 * GENERATIONS
+    assert metrics["rewards/sum/mean"].weight == 12 * GENERATIONS
+    assert shown(source).examples.tolist() == [0, 1, 2, 3]
     mask = held(source).fields["loss_mask"]
     np.testing.assert_array_equal(mask.sum(1), held(source).lengths)
+
+
+class Waits:
+    """Scores that the given number of draws are waited for, by name of what happens."""
+
+    def __init__(self, flat, patience):
+        self.events, self.score, self.patience = [], by_prompt(flat), patience
+
+    def draw(self, variables, prompts, key):
+        self.events.append("draw")
+        return stub(variables, prompts, key)
+
+    def __call__(self, experience):
+        self.events.append("score")
+        wait = self.score(experience)
+
+        def collect():
+            self.events.append("scores")
+            return wait()
+
+        return Pending(collect, lambda seconds: self.patience)
+
+
+def test_slow_scores_overlap_with_the_next_draw_and_change_nothing():
+    """Of three draws that are needed the second and third come while the one before is scored; so does one too many."""
+    config, flat = config_of(dynamic_sampling=True, steps_per_generation=2, max_rollouts=4), [0, 2, 4, 5, 6]
+    quick, slow = Waits(flat, patience=False), Waits(flat, patience=True)
+    sources = [make_source(config, waits.draw, waits, shuffle=False) for waits in (quick, slow)]
+    for _ in range(4):
+        (batch, metrics), (other, others) = (draw_next(source) for source in sources)
+        assert_equal(batch, other)
+        assert timeless(metrics) == timeless(others)
+        saved, also = (storable.pack(source.state()) for source in sources)
+        assert saved[0] == also[0]
+        assert_equal(saved[1], also[1])
+    assert quick.events[:9] == ["draw", "score", "scores"] * 3
+    assert slow.events[:10] == ["draw", "score", "draw", "scores", "score", "draw", "scores", "score", "draw", "scores"]
+    # The last that is allowed is never followed by another.
+    last = Waits(range(7), patience=True)
+    with pytest.raises(NoSignalError):
+        draw_next(make_source(config, last.draw, last))
+    assert last.events.count("draw") == 4
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_source_that_could_not_score_is_as_it_was(dynamic):
+    """The second rollout fails twice, in its second draw where there is one; then all is as if it never had."""
+    config = config_of(dynamic_sampling=dynamic, steps_per_generation=2, max_rollouts=9, num_iterations=2)
+    score, broken = by_prompt([0, 2, 4, 5, 6]), []
+
+    def failing(experience):
+        wait = score(experience)
+        calls.append(1)
+
+        def collect():
+            if broken and len(calls) > dynamic:
+                raise RewardError("out of order")
+            return wait()
+
+        return collect
+
+    calls: list[int] = []
+    source, other = make_source(config, score=failing), make_source(config, score=score)
+    for update in range(9):
+        if update in (4, 8):
+            broken.append(1)
+            before = storable.pack(source.state())
+            for _ in range(2):
+                calls.clear()
+                with pytest.raises(RewardError):
+                    draw_next(source)
+                after = storable.pack(source.state())
+                assert before[0] == after[0]
+                assert_equal(before[1], after[1])
+            broken.clear()
+        (batch, metrics), (expected, wanted) = draw_next(source), draw_next(other)
+        assert_equal(batch, expected)
+        assert timeless(metrics) == timeless(wanted)
+
+
+def test_scoring_counts_rewards_that_are_computed_at_once():
+    """As reward models are: nothing is left to wait for."""
+
+    def score(experience):
+        time.sleep(0.2)
+        scores = two_scores(experience)()
+        return lambda: scores
+
+    for dynamic in (False, True):
+        _, metrics = draw_next(make_source(config_of(dynamic_sampling=dynamic), score=score))
+        assert metrics["timing_s/scoring"].value() >= 0.2 > metrics["timing_s/sampling"].value()
 
 
 def test_dynamic_sampling_gives_up_with_counts():

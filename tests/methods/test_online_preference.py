@@ -32,7 +32,8 @@ def experience(scores, finish):
     lengths = np.array([3, 1, 2, 4, 2, 1], np.int32)
     mask = np.arange(4)[None] < lengths[:, None]
     tokens = np.arange(1, 25, dtype=np.int32).reshape(6, 4) * mask
-    fields = {"ref_logps": -np.arange(24, dtype=np.float32).reshape(6, 4) * mask}
+    logps = -np.arange(24, dtype=np.float32).reshape(6, 4)
+    fields = {"ref_logps": logps * mask, "sampler_logps": (logps + 0.5) * mask}
     ids = np.array([[5, 6], [7, 0]], np.int32), np.array([2, 1], np.int32)
     return Experience(*ids, np.arange(2), tokens, lengths, np.asarray(finish), scores[:, None], fields)
 
@@ -48,8 +49,25 @@ def test_the_best_and_the_worst_are_the_pair():
     assert (pairs.num_generations, carry) == (2, {})
     # Margins 0.7 and 1.5; scores 0.2 + 0.9 + 0.5 + 0.5 - 1 = 1.1 over five that exist.
     assert metrics["objective/scores_margin"].value() == pytest.approx(1.1)
-    assert metrics["objective/scores"].value() == pytest.approx(0.22)
-    assert metrics["val/contain_eos_token"].value() == 1
+    drawn_metrics = online_preference.drawn_metrics(config, drawn)
+    assert drawn_metrics["objective/scores"].value() == drawn_metrics["reward"].value() == pytest.approx(0.22)
+    assert drawn_metrics["val/contain_eos_token"].value() == 1
+
+
+def test_the_objective_by_hand():
+    """The sampler's log-probs lie 0.5 above the reference's; lengths are 3, 1, 2, 4, 2, 1; the second has no score.
+
+    The reference's are −(0 + 1 + 2), −4, −(8 + 9), −(12 + 13 + 14 + 15), −(16 + 17), −20: −131 in all, the sampler's
+    −131 + 13/2 = −124.5.
+    """
+    drawn = experience([0.2, np.nan, 0.9, 0.5, 0.5, -1.0], [1] * 6)
+    _, metrics, _ = online_preference.estimate(online_preference.Config(num_generations=3, beta=0.2), drawn, {})
+    found = {name: metric.value() for name, metric in metrics.items()}
+    assert found["objective/kl"] == pytest.approx(6.5 / 6)
+    assert found["objective/non_score_reward"] == pytest.approx(-0.2 * 6.5 / 6)
+    assert found["objective/entropy"] == pytest.approx(124.5 / 6)
+    assert found["objective/rlhf_reward"] == pytest.approx((1.1 - 0.2 * 0.5 * 12) / 5)
+    assert found["beta"] == 0.2
 
 
 def test_a_missing_end_costs_and_ties_make_no_pair():
@@ -59,9 +77,9 @@ def test_a_missing_end_costs_and_ties_make_no_pair():
     config = online_preference.Config(num_generations=3, missing_eos_penalty=1.0)
     assert online_preference.keep(config, drawn).tolist() == [True, True]
     # 0.9 - 1 is now the worst of the first prompt.
-    pairs, metrics, _ = online_preference.estimate(config, drawn, {})
+    pairs, _, _ = online_preference.estimate(config, drawn, {})
     np.testing.assert_array_equal(pairs.tokens, drawn.tokens[[0, 2, 3, 5]])
-    assert metrics["val/contain_eos_token"].value() == pytest.approx(4 / 6)
+    assert online_preference.drawn_metrics(config, drawn)["val/contain_eos_token"].value() == pytest.approx(4 / 6)
 
 
 @cache
@@ -133,6 +151,33 @@ def test_a_step_is_a_step_of_dpo_on_the_pairs():
         return max(float(gap) for gap in jax.tree.leaves(gaps))
 
     assert apart(0.7) < 1e-6 < 1e-5 < apart(1.0)
+
+
+def test_metrics_and_samples_are_of_what_was_drawn():
+    """With a reward of 0 or 1 a pair has one of each; of what was drawn, ten in twelve are right, or so."""
+
+    def score(drawn):
+        right = (drawn.tokens.sum(1) % 5 > 0).astype(np.float64)
+        seen.append(drawn)
+        scores.append(right)
+        return lambda: right[:, None]
+
+    seen, scores = [], []
+    config = online_preference.Config(num_generations=GENERATIONS, max_completion_length=STEPS, max_rollouts=20)
+    source = source_of(config, score)
+    _, metrics = source.next(SimpleNamespace(params=tiny()[1]))
+    right = np.concatenate(scores)
+    assert right.mean() > 0.6 and len(right) == 12 * len(seen)
+    found = {name: metric.value() for name, metric in metrics.items() if isinstance(metric, Mean)}
+    for name in ("reward", "objective/scores", "rewards/length/mean"):
+        assert found[name] == pytest.approx(right.mean())
+    lengths = np.concatenate([each.lengths for each in seen])
+    assert found["completions/mean_length"] == pytest.approx(lengths.mean())
+    shown, pairs = source.drawn, source.experience
+    assert shown is not None and pairs is not None and pairs.num_generations == 2
+    np.testing.assert_array_equal(shown.tokens, seen[0].tokens)
+    np.testing.assert_array_equal(shown.scores[:, 0], scores[0])
+    assert pairs.scores.mean() == 0.5
 
 
 def test_scores_that_never_differ_end_with_a_message():

@@ -100,6 +100,23 @@ def test_start_returns_at_once():
     assert future.result(10)[:, 0].tolist() == [1, 2, 3]
 
 
+def test_a_reward_that_ends_its_own_work_has_its_own_time():
+    """0.6 s, where a batch has 0.2 s; another that hangs does not profit from it."""
+
+    def slow(completions, **columns):
+        time.sleep(0.6)
+        return [1.0] * len(completions)
+
+    def hangs(completions, **columns):
+        time.sleep(60)
+
+    bounded = Reward("bounded", slow, longest=lambda completions: 10.0 * completions)
+    assert call(bounded, timeout=0.2).tolist() == [[1.0]] * 3
+    message = r"'hangs' has not returned after 0.2 s .*rollout\.reward_timeout.*rollout\.on_reward_error: none"
+    with pytest.raises(RewardError, match=message):
+        call(bounded, hangs, timeout=0.2)
+
+
 def picky(completions, **columns):
     if any("six" in completion for completion in completions):
         raise KeyError("six")

@@ -215,6 +215,16 @@ def test_python_tests():
     assert score("python_tests", completions, {"score": "all"}, tests=columns) == [1, 0, 0, 0, None]
 
 
+def test_rewards_that_end_their_own_work_say_how_long_it_may_take():
+    """64 endless programs of 10 s, two at a time, take 320 s and are no failure."""
+    longest = load_reward("python_tests", {"workers": 2}).longest
+    assert longest is not None and 320 < longest(64) == 32 * longest(1)
+    for name, options in (("regex", {"pattern": "a"}), ("json_valid", {"schema": {}})):
+        longest = load_reward(name, {**options, "seconds": 7}).longest
+        assert longest is not None and longest(64) > 7 * 64 / 16
+    assert load_reward("json_valid").longest is None and load_reward("gsm8k").longest is None
+
+
 def test_python_tests_from_source():
     source = "def helper():\n    return 3\ndef test_a():\n    assert f(1) == helper()\ndef test_b():\n    1 / 0\n"
     check = "def check(candidate):\n    assert candidate(2) == 3\n"

@@ -132,6 +132,10 @@ def test_a_folder_that_holds_another_run(settings):
     settings["train"] |= {"max_steps": 1}
     first = start(settings)
     kept = (first.folder / "metrics.jsonl").read_bytes()
+    # What is saved and shown is not what it is.
+    settings["log"] = {"logging_steps": 3}
+    settings["train"] |= {"save_steps": 7, "save_total_limit": 9}
+    assert start(settings).folder == first.folder
     settings["method"]["beta"] = 0.7
     with pytest.raises(ValueError, match=r"(?s)holds another run.*--fresh.*method\.beta: 0\.1 there, 0\.7 here"):
         start(settings)

@@ -11,7 +11,7 @@ from jaxalign.buckets import listing
 from jaxalign.config import parse_config
 from jaxalign.run import run
 from jaxalign.run.bucket import Mirror
-from jaxalign.training.loop import TIMINGS
+from jaxalign.training.timings import TIMINGS
 
 
 @pytest.fixture

@@ -17,8 +17,10 @@ from typer.testing import CliRunner
 from jaxalign import cli as command_line
 from jaxalign import models
 from jaxalign.config import config_text, difference, parse_config, read_config_text
+from jaxalign.methods.online import OnlineSource
 from jaxalign.rewards import RewardError
-from jaxalign.run import evaluate_stage, pick_stage, run
+from jaxalign.run import evaluate_stage, pick_stage, rollout_scores, run
+from jaxalign.run import online as online_module
 from jaxalign.run import stage as stage_module
 from jaxalign.run import start as start_module
 from jaxalign.run.online import make_passes
@@ -168,24 +170,31 @@ def test_without_kl_no_reference_is_loaded(online, monkeypatch):
     assert len(loads) == 1 and asked == []
 
 
-def test_a_reward_that_raises_loses_nothing(online, functions, tmp_path, monkeypatch, capsys):
-    """At the second rollout; once it works again, the run goes on from its checkpoint as if nothing had been."""
+def breaking(flag: Path, monkeypatch, before: int) -> None:
+    """From now on rewards are out of order before the update of this number."""
+    following = OnlineSource.next
+
+    def next_batch(self, state):
+        if int(state.step) == before - 1:
+            flag.touch()
+        return following(self, state)
+
+    monkeypatch.setattr(OnlineSource, "next", next_batch)
+
+
+def test_a_reward_that_raises_loses_nothing(online, tmp_path, monkeypatch, capsys):
+    """At the second rollout, between two saves; once it works again, all is as if nothing had been."""
     flag = tmp_path / "broken"
     online["mesh"] = {"data": 4, "fsdp": 2}
     online["rollout"]["rewards"][1]["options"] = {"flag": str(flag)}
     whole = start(online | {"name": "whole"})
-    save = stage_module.Checkpoints.save
-
-    def save_and_break(self, step, *arguments, **options):
-        save(self, step, *arguments, **options)
-        flag.touch()
-
-    monkeypatch.setattr(stage_module.Checkpoints, "save", save_and_break)
-    with pytest.raises(RewardError, match=r"'some', sample 0 \(starts .*\): raised RuntimeError: out of order"):
-        start(online)
-    monkeypatch.setattr(stage_module.Checkpoints, "save", save)
+    with monkeypatch.context() as patch:
+        breaking(flag, patch, 5)
+        with pytest.raises(RewardError, match=r"'some', sample 0 \(starts .*\): raised RuntimeError: out of order"):
+            start(online)
     folder = Path(online["runs_dir"]) / "run"
-    assert [line["step"] for line in records(folder)] == [1, 2, 3]
+    assert [line["step"] for line in records(folder)] == [1, 2, 3, 4]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["3", "4"]
     # On the command line it is a message, not a traceback.
     config = tmp_path / "config.yaml"
     config.write_text(config_text(parse_config(online).resolved))
@@ -196,9 +205,61 @@ def test_a_reward_that_raises_loses_nothing(online, functions, tmp_path, monkeyp
     printed = " ".join(capsys.readouterr().out.split())
     assert "error: reward 'some', sample 0" in printed and "Traceback" not in printed
     flag.unlink()
+    # What is done about rewards that fail, and what is saved and shown, may change on the way.
+    online["rollout"] |= {"reward_timeout": 90.0, "on_reward_error": "none"}
+    online["train"] |= {"save_steps": 2}
     assert start(online).stages[0].reason == "completed"
     assert lines(folder) == lines(whole.folder)
     assert weights(folder) == weights(whole.folder)
+    kept = read_config_text((folder / "config.yaml").read_text())
+    assert kept["rollout"]["reward_timeout"] == 90 and kept["train"]["save_steps"] == 2
+
+
+def test_a_reward_that_raises_in_evaluation_loses_nothing(online, tmp_path):
+    """At step 5, where no checkpoint is due and 4 steps are not saved yet."""
+    flag = tmp_path / "broken"
+    online["train"] |= {"save_steps": 100}
+    online["rollout"]["rewards"][1]["options"] = {"flag": str(flag)}
+    whole = start(online | {"name": "whole"})
+    judge = online_module.make_judge
+
+    def make_judge(*arguments):
+        evaluate = judge(*arguments)
+
+        def failing(variables):
+            flag.touch()
+            return evaluate(variables)
+
+        return failing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(online_module, "make_judge", make_judge)
+        with pytest.raises(RewardError, match="out of order"):
+            start(online)
+    folder = Path(online["runs_dir"]) / "run"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["5"]
+    flag.unlink()
+    assert start(online).stages[0].reason == "completed"
+    assert lines(folder) == lines(whole.folder)
+    assert (folder / "samples.jsonl").read_bytes() == (whole.folder / "samples.jsonl").read_bytes()
+    assert weights(folder) == weights(whole.folder)
+
+
+def test_evaluation_is_scored_in_portions_of_a_rollout(online, functions, monkeypatch):
+    """20 prompts, and 12 completions in a rollout: the time limit is for 12."""
+    sizes, begin = [], rollout_scores.rewards.start_rewards
+    monkeypatch.setattr(
+        rollout_scores.rewards,
+        "start_rewards",
+        lambda *a, **given: sizes.append(len(given["completions"])) or begin(*a, **given),
+    )
+    online["data"] |= {"eval_ratio": None, "eval_path": online["data"]["path"]}
+    found = evaluate_stage(pick_stage(parse_config(online), None), None, say=lambda line: None)
+    assert sizes == [12, 8]
+    sizes.clear()
+    online["train"] |= {"batch_size": 4}
+    together = evaluate_stage(pick_stage(parse_config(online), None), None, say=lambda line: None)
+    assert sizes == [20] and together == found
 
 
 # A rollout serves 4 updates, and a save comes every 3 steps: all saves but each fourth lie within a buffer.

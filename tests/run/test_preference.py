@@ -13,7 +13,7 @@ from jaxalign.losses import PREFERENCE_LOSSES, REFERENCE_FREE_LOSSES
 from jaxalign.methods import METHODS, PRESETS
 from jaxalign.methods.moving_reference import FollowingSource
 from jaxalign.run import RunResult, run
-from jaxalign.training.loop import TIMINGS
+from jaxalign.training.timings import TIMINGS
 
 NAMES = {name: {"name": name} for name, (method, _) in PRESETS.items() if METHODS[method].KIND == "preference"}
 OTHERS = {

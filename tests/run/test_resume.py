@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxalign.training.loop import TIMINGS
+from jaxalign.training.timings import TIMINGS
 from tests.run.conftest import finish
 
 SFT = {"method": {"name": "sft"}, "columns": {"completion": "chosen"}}

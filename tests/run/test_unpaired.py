@@ -9,7 +9,7 @@ import pytest
 from jaxalign import models
 from jaxalign.config import parse_config
 from jaxalign.run import check_data, evaluate_stage, pick_stage, prepare, run
-from jaxalign.training.loop import TIMINGS
+from jaxalign.training.timings import TIMINGS
 from tests.run.conftest import TEXT
 from tests.run.test_run import COMMON, lines
 

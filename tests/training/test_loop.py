@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.training import checkpoint, guards, loop, metrics, optimizer
+from jaxalign.training import checkpoint, guards, loop, metrics, optimizer, timings
 from jaxalign.training.loop import Config, fit
 from jaxalign.training.state import TrainState, init_state
 from jaxalign.types import Max, Mean, Min
@@ -116,7 +117,7 @@ def run(folder: Path, config: Config, source=None, step=JITTED, **more):
     """One process of a run: restores what there is, then trains on."""
     with checkpoint.Checkpoints(folder / "checkpoints", save_total_limit=2) as checkpoints:
         restored = checkpoints.restore(jax.eval_shape(initial))
-        resume = restored.step if restored else None
+        resume = loop.written_until(restored)
         writers = metrics.open_writers(folder, resume_step=resume)
         samples = metrics.JsonLines(folder / "samples.jsonl", resume)
         try:
@@ -145,7 +146,7 @@ def run(folder: Path, config: Config, source=None, step=JITTED, **more):
 def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
     """Records without what the clock decides; floats compare bit for bit, since JSON holds their shortest repr."""
     records = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-    return [{name: value for name, value in record.items() if name not in loop.TIMINGS} for record in records]
+    return [{name: value for name, value in record.items() if name not in timings.TIMINGS} for record in records]
 
 
 def assert_same_run(result_state, folder: Path, expected_state, expected_folder: Path):
@@ -208,6 +209,76 @@ def test_killed_before_any_step_the_run_goes_on_bit_for_bit(tmp_path, whole, die
     result = run(tmp_path, CONFIG, source)
     assert source.calls <= STEPS - 3 * ((dies_before - 1) // 3) + 3
     assert_same_run(result.state, tmp_path, whole[0].state, whole[1])
+
+
+class Outage(Exception):
+    """Something outside fails, for a while."""
+
+
+class Failing(RolloutSource):
+    """Raises before its call of that number has changed anything."""
+
+    def next(self, state):
+        if self.dies_before is not None and self.calls + 1 == self.dies_before:
+            raise Outage
+        return super().next(state)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    return checkpoint.Checkpoints(folder / "checkpoints").steps()
+
+
+@pytest.mark.parametrize("number", range(1, STEPS + 1))
+def test_a_source_that_fails_loses_no_step(tmp_path, whole, number):
+    with pytest.raises(Outage):
+        run(tmp_path, CONFIG, Failing(number), recoverable=(Outage,))
+    assert saved_steps(tmp_path)[-1:] == ([number - 1] if number > 1 else [])
+    with pytest.raises(Outage):  # as long as it fails, nothing changes
+        run(tmp_path, CONFIG, Failing(1), recoverable=(Outage,))
+    source = RolloutSource()
+    result = run(tmp_path, CONFIG, source)
+    assert source.calls == STEPS - number + 1
+    assert_same_run(result.state, tmp_path, whole[0].state, whole[1])
+
+
+def test_a_source_whose_error_leaves_it_spoilt_is_not_saved(tmp_path):
+    with pytest.raises(Outage):
+        run(tmp_path, CONFIG, Failing(6))
+    assert saved_steps(tmp_path) == [3]
+
+
+def test_a_state_that_is_not_finite_is_not_saved_either(tmp_path):
+    @jax.jit
+    def bad(state, frozen, batch):
+        state, reported = step(state, frozen, batch)
+        return state, {**reported, "loss": Mean(jnp.where(state.step == 5, jnp.nan, 1.0), 1.0)}
+
+    config = Config(num_steps=STEPS, save_steps=3)
+    with pytest.raises(FloatingPointError, match="step 5: loss is nan; checkpoint 3 is kept"):
+        run(tmp_path, config, Failing(6), step=bad, recoverable=(Outage,))
+    assert saved_steps(tmp_path) == [3]
+
+
+@pytest.mark.parametrize("at", [5, 10, 11])
+@pytest.mark.parametrize("logging_steps", [4, 5])
+def test_an_evaluation_that_fails_loses_no_step(tmp_path, at, logging_steps):
+    """Where a checkpoint is due (10), where none is, and after the last step; evaluations pick the best."""
+    config = replace(CONFIG, logging_steps=logging_steps, save_steps=10, metric_for_best_model="loss")
+    expected = run(tmp_path / "whole", config)
+    folder = tmp_path / "failing"
+
+    def fails(state):
+        if int(state.step) == at:
+            raise Outage
+        return evaluation(state)
+
+    for _ in range(2):
+        with pytest.raises(Outage):
+            run(folder, config, evaluate=fails)
+        assert saved_steps(folder)[-1] == at
+    result = run(folder, config)
+    assert result.best == expected.best and saved_steps(folder) == saved_steps(tmp_path / "whole")
+    assert_same_run(result.state, folder, expected.state, tmp_path / "whole")
 
 
 def test_killed_again_and_again(tmp_path, whole):

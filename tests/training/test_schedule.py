@@ -61,6 +61,6 @@ def test_ended():
 @pytest.mark.parametrize("best", [None, Best(3, 0.1)])
 def test_the_tally_survives_json_exactly(best):
     interval = Interval({"loss": Mean(0.1, 3.0), "low": Min(math.inf), "epoch": 1 / 3})
-    tally = Tally(7, interval, Interval({"loss": Mean(1e-30, 2.0)}), 123.0, best, 2, 0.0)
+    tally = Tally(7, interval, Interval({"loss": Mean(1e-30, 2.0)}), 123.0, best, 2, 0.0, best is None)
     got = Tally.from_json(json.loads(json.dumps(tally.to_json(4.5), allow_nan=False)))
-    assert got == Tally(7, interval, tally.total, 123.0, best, 2, 4.5)
+    assert got == Tally(7, interval, tally.total, 123.0, best, 2, 4.5, best is None)

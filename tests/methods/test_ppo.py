@@ -218,6 +218,14 @@ def test_each_epoch_has_an_order_of_its_own():
         ({"dual_clip": 1.0}, "dual_clip"),
         ({"epsilon_value": 0.0}, "epsilon_value"),
         ({"target_kl": float("nan")}, "target_kl"),
+        ({"kl_horizon": 50.0}, "kl_horizon=50.0 is not read here, only with kl_target"),
+        ({"kl_coef": 0.0, "kl_estimator": "k3"}, "kl_estimator='k3' is not read here, only with kl_coef above 0"),
+        ({"ptx_per_prompt": 2}, "ptx_per_prompt=2 is not read here, only with ptx_coef above 0"),
+        ({"whiten_advantages": "none", "whiten_bessel": False}, "whiten_bessel=False is not read here"),
+        ({"num_ppo_epochs": 1, "kl_coef": 0.0, "old_logps": "trainer"}, "old_logps='trainer' is not read here"),
+        ({"num_ppo_epochs": 1, "target_kl": 0.1}, "target_kl=0.1 is not read here"),
+        ({"logits_chunk": 0}, "logits_chunk=0 must be at least 1"),
+        ({"reward_weights": ()}, "reward_weights"),
     ],
 )
 def test_settings_without_meaning(settings, named):

@@ -23,7 +23,7 @@ ORDER = (
     ("training",),
     ("methods",),
     ("evaluation",),
-    ("sections",),
+    ("sections", "foreign_names"),
     ("config",),
     ("run",),
     ("planning", "verify", "report", "display"),

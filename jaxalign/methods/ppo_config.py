@@ -58,8 +58,9 @@ class Config:
       ptx_coef: weight of the loss on supervised examples that are mixed into every batch; 0 = none are. In a run they
         come from the section `ptx_data`.
       ptx_per_prompt: so many of them for each prompt of a batch.
-      target_kl: an update is not applied where the policy is already further than this from the one that drew the
-        minibatch's tokens, by `policy/approxkl_avg` in nats per token; None = all are.
+      target_kl: once the policy is further than this from the one that drew the minibatch's tokens, by
+        `policy/approxkl_avg` in nats per token, neither this update nor the rest of its epoch is applied; None = all
+        are.
       critic: a model of its own (`separate`), or a head on the policy's blocks (`shared`).
       old_logps: where log-probs before the first update come from: `sampler`, `trainer` (a pass of its own), or `auto`
         (the sampler in float32, the trainer in lower precision).

@@ -199,7 +199,26 @@ def test_metrics_by_hand(chance):
         "clip_ratio/region_mean": 3 / 13,
     }
     assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
-    assert "sampling/sampling_logp_difference/mean" not in found
+
+
+def test_sampler_and_trainer_side_by_side_by_hand(chance):
+    """The sampler held two of 13 tokens for twice and for half as probable; one log-prob is not known.
+
+    |d| is log 2 twice, exp|d| is 2 twice and 1 elsewhere. k3(-log 2) = 1/2 + log 2 - 1 and k3(log 2) = 2 - log 2 - 1.
+    Both probabilities together are 3/2 of the smaller one: k3(log 2/3) + k3(log 4/3) for each token, halved.
+    """
+    twice = np.log(2)
+    sampler = [[CHANCE + twice, CHANCE, CHANCE], CHANCE, [CHANCE, NAN], CHANCE, [CHANCE - twice, *[CHANCE] * 3], CHANCE]
+    found = loss_by_hand(chance, hand_made(sampler_logps=sampler))
+    k3 = lambda x: np.exp(x) - x - 1  # noqa: E731
+    wanted = {
+        "sampling/sampling_logp_difference/mean": 2 * twice / 12,
+        "sampling/sampling_logp_difference/max": twice,
+        "token_mult_prob_error": (10 + 2 * 2) / 12,
+        "gen_kl_error": (k3(-twice) + k3(twice)) / 12,
+        "js_divergence_error": (k3(np.log(2 / 3)) + k3(np.log(4 / 3))) / 12,
+    }
+    assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
 
 
 def test_what_is_left_out_of_the_loss_by_hand(chance):
@@ -256,9 +275,7 @@ def test_the_kl_in_the_reward_by_hand():
     assert grpo.passes(config, narrow=False) == {"ref_logps": "reference"}
     assert grpo.passes(config, narrow=True) == {"ref_logps": "reference", "old_logps": "policy"}
     again = replace(experience, fields={**experience.fields, "old_logps": experience.fields["ref_logps"] + 0.1})
-    found, metrics, _ = grpo.estimate(config, again, {})
-    assert metrics["kl"].value() == pytest.approx(0.1, rel=1e-4)
-    assert metrics["sampling/sampling_logp_difference/max"].value() == pytest.approx(0.1, rel=1e-4)
+    assert grpo.estimate(config, again, {})[1]["kl"].value() == pytest.approx(0.1, rel=1e-4)
 
 
 def test_dynamic_sampling_goes_by_scores_alone():

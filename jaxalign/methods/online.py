@@ -163,6 +163,7 @@ class OnlineSource:
         tokens = size * int(experience.prompt_lengths[members].sum()) + int(experience.lengths[own].sum())
         self._progress.num_tokens += tokens + sum(len(each["input_ids"]) for each in mixed)
         metrics["num_tokens"] = self._progress.num_tokens
+        metrics["episode"] = self._progress.position * self._config.num_generations
         metrics["epoch"] = self._progress.position / self._order.epoch_size
         return batch, metrics
 

@@ -208,6 +208,7 @@ def test_which_update_learns_from_which_prompts():
         tokens += predictions + GENERATIONS * sum(SIZES[i] for i in wanted)
         assert metrics["num_tokens"] == tokens
         assert metrics["epoch"] == 4 * (rollout + 1) / 7
+        assert metrics["episode"] == 4 * (rollout + 1) * GENERATIONS
         taken.append(np.asarray(batch.rows.tokens))
     np.testing.assert_array_equal(taken[0], taken[2])
     np.testing.assert_array_equal(taken[1], taken[3])
@@ -333,6 +334,8 @@ def test_metrics_of_rewards_leave_out_what_has_none():
         "reward": outcomes.mean(),
         "reward_std": outcomes.std(ddof=1),
         "completions/min_length": lengths.min(),
+        "prompt_length/max": held(source).prompt_lengths.max(),
+        "prompt_length/mean": np.mean([SIZES[i] for i in held(source).examples]),
         "completions/max_length": lengths.max(),
         "completions/mean_terminated_length": lengths[held(source).finish > 0].mean(),
     }

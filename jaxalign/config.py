@@ -14,6 +14,7 @@ import pydantic
 import yaml
 
 from jaxalign.data import DataConfig, Filters, MixturePart
+from jaxalign.foreign_names import FOREIGN_NAMES
 from jaxalign.methods import METHODS, PRESETS
 from jaxalign.methods.common import is_online, trains_scores
 from jaxalign.sections import (
@@ -30,45 +31,6 @@ from jaxalign.sections import (
 )
 from jaxalign.sharding import MeshConfig
 from jaxalign.training import optimizer
-
-# What people bring from other trainers -> what it is called here.
-FOREIGN_NAMES = {
-    "model_name_or_path": "model.path",
-    "dataset_name": "data.path",
-    "dataset_config": "data.name",
-    "dataset_train_split": "data.split",
-    "dataset_test_split": "data.eval_split",
-    "per_device_train_batch_size": "train.batch_size (global) and train.micro_batch_size",
-    "gradient_accumulation_steps": "train.micro_batch_size (train.batch_size is global)",
-    "per_device_eval_batch_size": "train.micro_batch_size",
-    "global_batch_size": "train.batch_size",
-    "output_dir": "name (runs lie in runs_dir/name)",
-    "gradient_checkpointing": "model.remat",
-    "attn_implementation": "model.attention",
-    "bf16": "model.compute_dtype",
-    "fp16": "model.compute_dtype",
-    "torch_dtype": "model.param_dtype",
-    "dtype": "model.param_dtype and model.compute_dtype",
-    "optim": "optimizer.name",
-    "packing": "nothing: examples are always packed",
-    "padding_free": "nothing: examples are always packed",
-    "ref_model": "model.reference",
-    "ref_model_name_or_path": "model.reference",
-    "early_stopping": "train.early_stopping_patience",
-    "max_seq_length": "data.max_length",
-    "resume_from_checkpoint": "nothing: the same command resumes",
-    "dpo_beta": "method.beta",
-    "use_peft": "the section lora: where it is there, an adapter trains",
-    "peft_config": "the section lora",
-    "lora_r": "lora.r",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "lora_target_modules": "lora.target_modules",
-    "modules_to_save": "nothing: a new score head always trains beside an adapter",
-    "load_in_4bit": "model.quantization: nf4",
-    "load_in_8bit": "model.quantization: int8",
-}
-
 
 # What a later stage may name of an earlier one: `<stage>.policy`, of a reward stage `<stage>.reward`, which are the
 # export; of a stage with a critic `<stage>.critic`, which is beside it.

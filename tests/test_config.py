@@ -1,10 +1,22 @@
 """YAML and overrides become a run, or a message that says which key is wrong and what it should be."""
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
-from jaxalign.config import config_text, difference, load_config, parse_config, read_config_text, shipped_configs
+from jaxalign.config import (
+    SECTIONS,
+    config_text,
+    difference,
+    load_config,
+    parse_config,
+    read_config_text,
+    shipped_configs,
+)
+from jaxalign.foreign_names import FOREIGN_NAMES
+from jaxalign.methods import METHODS
 
 RAW = {
     "model": {"path": "some/model"},
@@ -68,6 +80,10 @@ def test_differences_are_named():
         ("modle", {}, r"modle: unknown key; did you mean 'model'"),
         ("train.learning_rate", 1, r"train\.learning_rate: unknown key; it belongs to optimizer"),
         ("train.per_device_train_batch_size", 1, r"here it is train\.batch_size"),
+        ("method.cliprange", 0.2, r"method\.cliprange: unknown key; here it is method\.epsilon$"),
+        ("method.scale_rewards", "group", r"here it is method\.advantage$"),
+        ("method.reward_funcs", [], r"here it is rollout\.rewards"),
+        ("train.total_episodes", 1000, r"here it is train\.max_steps"),
         ("method.name", "ppo2", r"method\.name: 'ppo2' is not a method; known: sft, preference"),
         ("method.loss_type", "sigmoidal", r"method.*loss_type 'sigmoidal' is unknown; known: sigmoid"),
         ("method.beta", "much", r"method\.beta: .*'much'"),
@@ -87,6 +103,24 @@ def test_differences_are_named():
 def test_wrong_settings(where, value, message):
     with pytest.raises(ValueError, match=message):
         parse_config(change(RAW, where, value))
+
+
+def test_names_of_other_trainers_lead_to_keys_that_there_are():
+    """No such name is a key of a section or a method itself, or it would be refused where it is right."""
+    ours = {section: {each.name for each in dataclasses.fields(kind)} for section, kind in SECTIONS.items()}
+    ours["method"] = {each.name for method in METHODS.values() for each in dataclasses.fields(method.Config)}
+    for name, here in FOREIGN_NAMES.items():
+        where = [section for section, keys in ours.items() if name in keys]
+        assert where == (["export"] if name == "dtype" else []), name
+        named = re.findall(r"\b(\w+)\.(\w+)", here)
+        assert named or here.startswith(("nothing", "the section", "name")), here
+        for section, key in named:
+            assert section == "runs_dir" or key in ours[section], (name, here)
+    for name in ("cliprange_value", "lam", "response_length", "stop_token", "reward_model_path", "sft_model_path"):
+        with pytest.raises(
+            ValueError, match=f"method.{name}: unknown key; here it is {re.escape(FOREIGN_NAMES[name])}"
+        ):
+            parse_config(change(RAW, f"method.{name}", 1))
 
 
 def test_stages_must_have_names_and_name_earlier_ones():

@@ -16,8 +16,9 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from jaxalign.cli import app
-from jaxalign.config import FOREIGN_NAMES, SECTIONS
+from jaxalign.config import SECTIONS
 from jaxalign.data import Filters, MixturePart
+from jaxalign.foreign_names import FOREIGN_NAMES
 from jaxalign.losses import DIVERGENCES, PREFERENCE_LOSSES, REFERENCE_FREE_LOSSES, UNPAIRED_LOSSES
 from jaxalign.methods import METHODS, PRESETS
 from jaxalign.methods.common import needs_reference, score_labels, trains_scores

@@ -24,7 +24,7 @@ ORDER = (
     ("training",),
     ("methods",),
     ("evaluation",),
-    ("sections",),
+    ("sections", "foreign_names"),
     ("config",),
     ("run",),
     ("planning", "verify", "report", "display"),

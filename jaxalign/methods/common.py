@@ -184,9 +184,9 @@ def no_drawn_metrics(config: Any, drawn: Experience) -> Metrics:
     return {}
 
 
-def no_batch_fields(config: Any, experience: Experience, micro_batches: int) -> dict[str, np.ndarray]:
-    """Numbers of the whole rollout: none."""
-    del config, experience, micro_batches
+def no_batch_fields(config: Any, experience: Experience, micro_batches: int, update: int = 0) -> dict[str, np.ndarray]:
+    """Numbers of a whole batch: none."""
+    del config, experience, micro_batches, update
     return {}
 
 

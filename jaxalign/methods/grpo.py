@@ -31,12 +31,13 @@ import optax
 
 from jaxalign import losses
 from jaxalign.methods import balance, common
+from jaxalign.methods.agreement import agreement, number_update
 from jaxalign.methods.grpo_config import PRESETS, Config
 from jaxalign.models import Model
 from jaxalign.packing import Document, pack
 from jaxalign.training.step import LossFn, Step, Totals
 from jaxalign.training.step import make_step as make_training_step
-from jaxalign.types import Array, Batch, Experience, Max, Mean, Metrics, Variables
+from jaxalign.types import Array, Batch, Experience, Mean, Metrics, Variables
 
 __all__ = ["PRESETS", "Config", "estimate", "init", "make_batch", "make_logps", "make_loss", "make_step"]
 
@@ -105,10 +106,10 @@ def fields(config: Config) -> tuple[str, ...]:
     return ("advantages", "loss_mask", "sampler_logps", *old, *kl)
 
 
-def batch_fields(config: Config, experience: Experience, micro_batches: int) -> dict[str, np.ndarray]:
-    """Numbers of the whole rollout: how many tokens an average batch of it has in the loss."""
+def batch_fields(config: Config, experience: Experience, micro_batches: int, update: int = 0) -> dict[str, np.ndarray]:
+    """Numbers of a whole batch: which update of its rollout it is, how many tokens in the loss the average one has."""
     mean = float(experience.fields["loss_mask"].sum()) / config.steps_per_generation
-    return {"window_tokens": np.full(micro_batches, mean, np.float32)}
+    return {"window_tokens": np.full(micro_batches, mean, np.float32), **number_update(update, micro_batches)}
 
 
 def drawn_metrics(config: Config, drawn: Experience) -> Metrics:
@@ -149,10 +150,6 @@ def estimate(
     known |= {"advantages": advantages.astype(np.float32), "loss_mask": in_loss.astype(np.float32)}
     known.setdefault("old_logps", known["sampler_logps"])
     metrics: dict[str, Any] = {}
-    if "old_logps" in experience.fields:
-        apart = np.abs(experience.fields["old_logps"] - known["sampler_logps"])[mask].astype(np.float64)
-        metrics["sampling/sampling_logp_difference/mean"] = Mean(float(apart.sum()), float(len(apart)))
-        metrics["sampling/sampling_logp_difference/max"] = Max(float(apart.max(initial=-np.inf)))
     if config.kl_in_reward and needs_reference(config):
         metrics["kl"] = Mean(float(kl.sum()), float(mask.sum()))
     return replace(experience, fields=known), metrics, carry
@@ -190,6 +187,7 @@ def make_loss(config: Config, model: Model) -> LossFn:
         metrics = {
             "entropy": common.masked_mean(tokens.entropy, real),
             **losses.clip_metrics(terms, completions, n, per_completion=config.importance_sampling_level != "token"),
+            **agreement(tokens.logps, batch, real),
         }
         if "ref_logps" in batch.fields:
             kl = losses.KL_ESTIMATORS[config.kl_estimator](tokens.logps, batch.fields["ref_logps"])
@@ -197,12 +195,6 @@ def make_loss(config: Config, model: Model) -> LossFn:
             if config.use_bias_correction_kl:
                 kl = losses.bias_corrected(kl, ratios)
             per_token = per_token + config.beta * kl
-        if "old_logps" not in batch.fields:
-            # One update per rollout: the policy has not changed since it drew these tokens.
-            apart = jnp.abs(fresh - batch.fields["sampler_logps"])
-            given = real * ~jnp.isnan(apart)
-            metrics["sampling/sampling_logp_difference/mean"] = common.masked_mean(apart, given)
-            metrics["sampling/sampling_logp_difference/max"] = Max(jnp.where(given > 0, apart, -jnp.inf).max())
         value = losses.aggregate(losses.AGGREGATIONS[config.loss_type], per_token, completions, n, total=totals["loss"])
         return balance.add(weight, model, batch, tokens.aux, value, jax.lax.stop_gradient(metrics))
 
@@ -246,13 +238,13 @@ def to_document(config: Config, example: common.Example) -> Document:
     return Document(np.asarray(example["prompt_ids"], np.int32), branches, fields=known)
 
 
-def make_batch(config: Config, groups: Sequence[common.Example], **layout: Any) -> Batch:
-    """Packs groups (see `to_document`) into a batch; `layout` as `packing.pack`."""
+def make_batch(config: Config, groups: Sequence[common.Example], *, update: int = 0, **layout: Any) -> Batch:
+    """Packs groups (see `to_document`) into the batch of a rollout's `update`, from 0; `layout` as `packing.pack`."""
     documents = [to_document(config, group) for group in groups]
     size = max(len(each.branches) for each in documents)
     batch = pack(documents, completions=size, share_prompt=config.share_prompt, **layout)
     tokens = np.full(len(batch.present), np.asarray(batch.fields["loss_mask"]).sum(), np.float32)
-    return replace(batch, fields={**batch.fields, "window_tokens": tokens})
+    return replace(batch, fields={**batch.fields, "window_tokens": tokens, **number_update(update, len(tokens))})
 
 
 def _weights(config: Config, experience: Experience) -> np.ndarray:

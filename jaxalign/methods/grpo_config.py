@@ -7,6 +7,29 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxalign import losses
+from jaxalign.methods.checks import check_known, check_rules, check_unread
+
+VESPO = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
+# Other options of policy losses, by their own names there.
+OPTIONS = ("epsilon_high", "delta", "dual_clip", "cispo_bounds", "sapo_temperature_pos", "sapo_temperature_neg")
+WITH_KL = "with beta above 0"
+# Who reads what not everybody reads.
+READERS = {
+    "gamma": "with advantage: reinforce_plus_plus",
+    **{name: "with policy_loss: vespo" for name in VESPO},
+    "epsilon": "with policy_loss: clip, dual, or cispo with bounds that are made of it",
+    "epsilon_high": "with policy_loss: clip, dual or cispo",
+    "delta": "with policy_loss: clip",
+    "dual_clip": "with policy_loss: dual",
+    "cispo_bounds": "with policy_loss: cispo",
+    "sapo_temperature_pos": "with policy_loss: sapo",
+    "sapo_temperature_neg": "with policy_loss: sapo",
+    "kl_in_reward": WITH_KL,
+    "kl_estimator": WITH_KL,
+    "use_bias_correction_kl": "with beta above 0 and kl_in_reward: false",
+    "old_logps": "where a rollout serves several updates, or the KL goes into the reward",
+    "max_rollouts": "with dynamic_sampling: true",
+}
 
 
 @dataclass(frozen=True)
@@ -23,13 +46,16 @@ class Config:
       multi_objective_aggregation: several rewards are summed and then made into advantages, or the other way round
         (GDPO; with `advantage: group`).
       reward_weights: weight of each reward; None = the weights of `rollout.rewards`, without a config 1 each.
-      importance_sampling_level: key in `RATIO_LEVELS`: `token`, `sequence` (GSPO), `sequence_token`, `sequence_sum`.
+      importance_sampling_level: key in `RATIO_LEVELS`: `token`, `sequence` (GSPO), `sequence_token`, `sequence_sum`
+        (`vespo` takes no other).
       policy_loss: key in `POLICY_LOSSES`: `clip`, `dual`, `cispo`, `sapo`, `vespo`.
-      epsilon: how far a ratio may fall below 1.
-      epsilon_high: how far it may rise above; None = `epsilon`. What it means to CISPO: see `cispo_bounds`.
+      epsilon: how far a ratio may fall below 1; `clip`, `dual`, `cispo` with bounds that it makes.
+      epsilon_high: how far it may rise above; None = `epsilon`; the same losses. What it means to CISPO: see
+        `cispo_bounds`.
       delta: second upper bound of the ratio where the advantage is negative; `clip` only.
       dual_clip: `dual` only.
-      cispo_bounds: key in `CISPO_BOUNDS`: `absolute`, `relative`, `two_sided`.
+      cispo_bounds: key in `CISPO_BOUNDS`: `absolute` (the ratio is at most `epsilon_high`, which must be given),
+        `relative` (at most 1 more), `two_sided`.
       sapo_temperature_pos: `sapo` only, where the advantage is positive.
       sapo_temperature_neg: `sapo` only, elsewhere.
       vespo_k_pos: exponent of the ratio, `vespo` only, where the advantage is not negative.
@@ -94,7 +120,7 @@ class Config:
     router_aux_loss_coef: float | None = None
 
     def __post_init__(self):
-        """Raises ValueError on settings that have no meaning; the field is named."""
+        """Raises ValueError on settings that have no meaning, or that nothing reads; the field is named."""
         registries = {
             "advantage": losses.ADVANTAGES,
             "importance_sampling_level": losses.RATIO_LEVELS,
@@ -104,19 +130,27 @@ class Config:
             "kl_estimator": losses.KL_ESTIMATORS,
         }
         for name, registry in registries.items():
-            if getattr(self, name) not in registry:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; known: {', '.join(registry)}")
+            check_known(name, [getattr(self, name)], registry)
+        check_unread(self, self._read(), READERS)
         grouped = self.advantage != "reinforce_plus_plus"
         both = self.multi_objective_aggregation == "normalize_then_sum"
         rules = {
             "num_generations": (self.num_generations >= (2 if grouped else 1), "at least 2 with this advantage"),
             "max_completion_length": (self.max_completion_length >= 1, "at least 1"),
             "temperature": (self.temperature > 0, "above 0"),
-            "gamma": (not grouped or self.gamma == 1, "1 but for reinforce_plus_plus"),
+            "gamma": (0 <= self.gamma <= 1, "in [0, 1]"),
+            "reward_weights": (self.reward_weights is None or len(self.reward_weights) > 0, "one number per reward"),
             "multi_objective_aggregation": (not both or self.advantage == "group", "used with advantage group"),
+            "importance_sampling_level": (
+                self.policy_loss != "vespo" or self.importance_sampling_level == "sequence_sum",
+                "sequence_sum with policy_loss vespo, which weighs whole completions",
+            ),
             "epsilon": (self.epsilon >= 0, "at least 0"),
+            "epsilon_high": self._rule_above(),
             "delta": (self.delta is None or self.delta > 1 + self.upper, "above 1 + epsilon_high"),
             "dual_clip": (self.dual_clip > 1, "above 1"),
+            **{name: (getattr(self, name) > 0, "above 0") for name in ("sapo_temperature_pos", "sapo_temperature_neg")},
+            **{name: (getattr(self, name) >= 0, "at least 0") for name in VESPO},
             "beta": (self.beta >= 0, "at least 0"),
             "kl_in_reward": (not (both and self.kl_in_reward), "false with normalize_then_sum"),
             "num_iterations": (self.num_iterations >= 1, "at least 1"),
@@ -127,12 +161,32 @@ class Config:
                 self.overlong_cache is None or 0 < self.overlong_cache <= self.max_completion_length,
                 "between 1 and max_completion_length",
             ),
+            "logits_chunk": (self.logits_chunk >= 1, "at least 1"),
         }
-        for name, (fits, rule) in rules.items():
-            if not fits:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")
-        if self.delta is not None and self.policy_loss != "clip":
-            raise ValueError(f"delta={self.delta}: the loss {self.policy_loss!r} has no such bound; leave it away")
+        check_rules(self, rules)
+
+    def _read(self) -> dict[str, bool]:
+        """Whether anything reads a setting that not everybody reads."""
+        options = losses.policy_options(self.policy_loss)
+        low = "epsilon_low" in options
+        if self.policy_loss == "cispo":  # which has no bound below, but for two_sided
+            low = self.cispo_bounds == "two_sided" or self.epsilon_high is None
+        several = self.num_iterations * self.steps_per_generation > 1
+        return {
+            "gamma": self.advantage == "reinforce_plus_plus",
+            **{name: name in options for name in (*VESPO, *OPTIONS)},
+            "epsilon": low,
+            "kl_in_reward": self.beta > 0,
+            "kl_estimator": self.beta > 0,
+            "use_bias_correction_kl": self.beta > 0 and not self.kl_in_reward,
+            "old_logps": several or (self.beta > 0 and self.kl_in_reward),
+            "max_rollouts": self.dynamic_sampling,
+        }
+
+    def _rule_above(self) -> tuple[bool, str]:
+        if self.epsilon_high is None and self.policy_loss == "cispo" and self.cispo_bounds == "absolute":
+            return False, "given with cispo_bounds absolute, where it is the greatest ratio itself, for example 5.0"
+        return self.epsilon_high is None or self.epsilon_high >= 0, "at least 0"
 
     @property
     def upper(self) -> float:

@@ -96,8 +96,9 @@ def pack_update(
     members: np.ndarray,
     layout: Layout,
     supervised: Sequence[Mapping[str, Any]] = (),
+    update: int = 0,
 ) -> Batch:
-    """The host batch of an update that learns from some prompts of a rollout, and from supervised examples."""
+    """The host batch of a rollout's `update` (from 0), from some of its prompts and from supervised examples."""
     batch = pack_prompts(
         experience,
         members,
@@ -106,7 +107,8 @@ def pack_update(
         fields=method.fields(config),
         supervised=[method.to_supervised(each) for each in supervised],
     )
-    return replace(batch, fields={**batch.fields, **method.batch_fields(config, experience, len(batch.present))})
+    numbers = method.batch_fields(config, experience, len(batch.present), update)
+    return replace(batch, fields={**batch.fields, **numbers})
 
 
 class NoSignalError(RuntimeError):
@@ -182,9 +184,9 @@ class OnlineSource:
             metrics |= self._refill(state.params)
         experience = self._experience
         assert experience is not None
-        members = self._members(self._progress.update)
-        mixed = self._take_supervised()
-        packed = pack_update(self._method, self._config, experience, members, self._layout, mixed)
+        update = self._progress.update
+        members, mixed = self._members(update), self._take_supervised()
+        packed = pack_update(self._method, self._config, experience, members, self._layout, mixed, update)
         batch = place_batch(self._mesh, packed)
         self._progress.update += 1
         size = experience.num_generations
@@ -192,6 +194,7 @@ class OnlineSource:
         tokens = size * int(experience.prompt_lengths[members].sum()) + int(experience.lengths[own].sum())
         self._progress.num_tokens += tokens + sum(len(each["input_ids"]) for each in mixed)
         metrics["num_tokens"] = self._progress.num_tokens
+        metrics["episode"] = self._progress.position * self._config.num_generations
         metrics["epoch"] = self._progress.position / self._order.epoch_size
         return batch, metrics
 

@@ -66,10 +66,12 @@ class Config:
 
     def __post_init__(self):
         """Raises ValueError on settings that have no meaning; the field is named."""
-        least = {"num_generations": 2, "max_completion_length": 1, "max_rollouts": 1}
+        least = {"num_generations": 2, "max_completion_length": 1, "max_rollouts": 1, "logits_chunk": 1}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {bound}")
+        if self.reward_weights is not None and not self.reward_weights:
+            raise ValueError("reward_weights=() must be one number per reward")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be above 0")
         if self.missing_eos_penalty is not None and self.missing_eos_penalty <= 0:

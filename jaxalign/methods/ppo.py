@@ -18,6 +18,7 @@ import optax
 
 from jaxalign import losses
 from jaxalign.methods import balance, common, sft
+from jaxalign.methods.agreement import UPDATE, agreement, number_update
 from jaxalign.methods.ppo_config import Config
 from jaxalign.methods.ppo_estimate import estimate as estimate
 from jaxalign.methods.ppo_estimate import start_carry as start_carry
@@ -31,14 +32,13 @@ from jaxalign.packing import Document, measure_document, pack
 from jaxalign.training.state import TrainState, init_state
 from jaxalign.training.step import LossFn, Step, Totals
 from jaxalign.training.step import make_step as make_training_step
-from jaxalign.types import Array, Batch, Experience, Max, Mean, Metrics, PyTree, Variables
+from jaxalign.types import Array, Batch, Experience, Mean, Metrics, PyTree, Variables
 
 KIND = "prompt"
 ONLINE = True
 CRITIC = True
 LEARNING_RATE = 3e-6
 
-batch_fields = common.no_batch_fields
 drawn_metrics = common.no_drawn_metrics
 make_logps = common.make_policy_logps
 
@@ -92,6 +92,12 @@ def fields(config: Config) -> tuple[str, ...]:
     """Fields per token that the loss reads."""
     old = ("old_logps",) if num_updates(config) > 1 else ()
     return ("advantages", "returns", "values", "loss_mask", "sampler_logps", *old)
+
+
+def batch_fields(config: Config, experience: Experience, micro_batches: int, update: int = 0) -> dict[str, np.ndarray]:
+    """Numbers of a whole batch: which update of its rollout it is."""
+    del config, experience
+    return number_update(update, micro_batches)
 
 
 def totals(batch: Batch) -> Totals:
@@ -149,6 +155,18 @@ def whiten_batch(config: Config, batch: Batch) -> Batch:
     return replace(batch, fields={**known, "advantages": white})
 
 
+class Stoppable(NamedTuple):
+    """What stands in the place of the optimiser's state where there is a `target_kl`.
+
+    Attributes:
+      stopped: bool scalar, whether an update of the current epoch was too far from the policy that drew.
+      optimizer: the optimiser's state.
+    """
+
+    stopped: Array
+    optimizer: PyTree
+
+
 def make_step(
     config: Config,
     models: Models,
@@ -157,23 +175,26 @@ def make_step(
 ) -> Step:
     """`(state, frozen, batch) -> (state, metrics)`; jit it and donate the state.
 
-    With `target_kl`, an update on whose minibatch `policy/approxkl_avg` is above it changes neither parameters nor
-    optimiser state, but is counted; `policy/stopped` is the share of such updates. Since the policy then stands still
-    until the next rollout or a minibatch on which it is near enough, the rest of an epoch changes little or nothing.
+    With `target_kl`, an update on whose minibatch `policy/approxkl_avg` is above it, and all that follow in the same
+    epoch, change neither parameters nor the optimiser's state, but are counted; `policy/stopped` is the share of such
+    updates. That an epoch is stopped is part of the train state (see `init`), and so of a checkpoint.
     """
     update = make_training_step(make_loss(config, models), totals, optimizer, learning_rate)
 
     def step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
-        updated, metrics = update(state, frozen, whiten_batch(config, batch))
+        batch = whiten_batch(config, batch)
         if config.target_kl is None:
-            return updated, metrics
+            return update(state, frozen, batch)
+        before: Stoppable = state.opt_state
+        updated, metrics = update(replace(state, opt_state=before.optimizer), frozen, batch)
         kl = metrics["policy/approxkl_avg"]
         assert isinstance(kl, Mean)
-        stopped = jnp.asarray(kl.total) > config.target_kl * kl.weight
+        begins = batch.fields[UPDATE][0] % config.num_mini_batches == 0
+        stopped = (before.stopped & ~begins) | (jnp.asarray(kl.total) > config.target_kl * kl.weight)
         held = partial(jax.tree.map, lambda old, new: jnp.where(stopped, old, new))
-        params, opt_state = held(state.params, updated.params), held(state.opt_state, updated.opt_state)
+        params, after = held(state.params, updated.params), held(before.optimizer, updated.opt_state)
         metrics = {**metrics, "policy/stopped": Mean(stopped.astype(jnp.float32), jnp.ones((), jnp.float32))}
-        return TrainState(updated.step, params, opt_state, updated.key), metrics
+        return replace(updated, params=params, opt_state=Stoppable(stopped, after)), metrics
 
     return step
 
@@ -195,12 +216,18 @@ def init(
     optimizer: optax.GradientTransformation,
     key: jax.Array,
 ) -> tuple[TrainState, PyTree]:
-    """The state at step 0 and the frozen variables by role; models and variables as `add_critic` gives them."""
-    del config, models
+    """The state at step 0 and the frozen variables by role; models and variables as `add_critic` gives them.
+
+    With `target_kl` the state's `opt_state` is a `Stoppable`.
+    """
+    del models
     parts = {role: common.split_variables(each) for role, each in variables.items()}
     params = {role: trainable for role, (trainable, _) in parts.items()}
     check_trainable(params)
-    return init_state(params, optimizer, key), {role: frozen for role, (_, frozen) in parts.items()}
+    state, frozen = init_state(params, optimizer, key), {role: frozen for role, (_, frozen) in parts.items()}
+    if config.target_kl is not None:
+        state = replace(state, opt_state=Stoppable(jnp.zeros((), bool), state.opt_state))
+    return state, frozen
 
 
 def to_document(config: Config, example: common.Example) -> Document:
@@ -229,12 +256,21 @@ def to_supervised(example: common.Example) -> Document:
 
 
 def make_batch(
-    config: Config, groups: Sequence[common.Example], supervised: Sequence[common.Example] = (), **layout: Any
+    config: Config,
+    groups: Sequence[common.Example],
+    supervised: Sequence[common.Example] = (),
+    *,
+    update: int = 0,
+    **layout: Any,
 ) -> Batch:
-    """Packs groups (see `to_document`), then supervised examples, into a batch; `layout` as `packing.pack`."""
+    """Packs groups (see `to_document`), then supervised examples, into the batch of a rollout's `update`, from 0.
+
+    `layout` as `packing.pack`.
+    """
     documents = [*(to_document(config, group) for group in groups), *map(to_supervised, supervised)]
     size = max(len(each.branches) for each in documents)
-    return pack(documents, completions=size, share_prompt=config.share_prompt, **layout)
+    batch = pack(documents, completions=size, share_prompt=config.share_prompt, **layout)
+    return replace(batch, fields={**batch.fields, **number_update(update, len(batch.present))})
 
 
 class _Reading(NamedTuple):
@@ -298,11 +334,4 @@ def _metrics(
     if terms.capped is not None:
         known["actor/pg_clipfrac_lower"] = terms.capped
     metrics: dict[str, Any] = {name: common.masked_mean(values, mask) for name, values in known.items()}
-    if "old_logps" not in batch.fields:
-        # One update per rollout: the policy has not changed since it drew these tokens.
-        # Whoever packs completions without them gives NaN, which counts as none.
-        apart = jnp.abs(tokens.logps - batch.fields["sampler_logps"])
-        real = (mask > 0) & ~jnp.isnan(apart)
-        metrics["sampling/sampling_logp_difference/mean"] = common.masked_mean(apart, real)
-        metrics["sampling/sampling_logp_difference/max"] = Max(jnp.where(real, apart, -jnp.inf).max())
-    return metrics
+    return {**metrics, **agreement(tokens.logps, batch, mask)}

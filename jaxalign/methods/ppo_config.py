@@ -6,6 +6,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxalign import losses
+from jaxalign.methods.checks import check_unread
+
+# Who reads what not everybody reads.
+READERS = {
+    "kl_estimator": "with kl_coef above 0",
+    "kl_horizon": "with kl_target",
+    "ptx_per_prompt": "with ptx_coef above 0",
+    "whiten_bessel": "where rewards or advantages are whitened",
+    "old_logps": "where a rollout serves several updates, or with kl_coef above 0",
+    "target_kl": "where a rollout serves several updates",
+}
 
 
 @dataclass(frozen=True)
@@ -47,8 +58,9 @@ class Config:
       ptx_coef: weight of the loss on supervised examples that are mixed into every batch; 0 = none are. In a run they
         come from the section `ptx_data`.
       ptx_per_prompt: so many of them for each prompt of a batch.
-      target_kl: an update is not applied where the policy is already further than this from the one that drew the
-        minibatch's tokens, by `policy/approxkl_avg` in nats per token; None = all are.
+      target_kl: once the policy is further than this from the one that drew the minibatch's tokens, by
+        `policy/approxkl_avg` in nats per token, neither this update nor the rest of its epoch is applied; None = all
+        are.
       critic: a model of its own (`separate`), or a head on the policy's blocks (`shared`).
       old_logps: where log-probs before the first update come from: `sampler`, `trainer` (a pass of its own), or `auto`
         (the sampler in float32, the trainer in lower precision).
@@ -95,7 +107,7 @@ class Config:
     router_aux_loss_coef: float | None = None
 
     def __post_init__(self):
-        """Raises ValueError on settings that have no meaning; the field is named."""
+        """Raises ValueError on settings that have no meaning, or that nothing reads; the field is named."""
         choices = {
             "kl_estimator": tuple(losses.KL_ESTIMATORS),
             "normalize_scores": ("none", "rollout", "running"),
@@ -106,12 +118,26 @@ class Config:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; known: {', '.join(known)}")
+        several = self.num_ppo_epochs * self.num_mini_batches > 1
+        check_unread(
+            self,
+            {
+                "kl_estimator": self.kl_coef > 0,
+                "kl_horizon": self.kl_target is not None,
+                "ptx_per_prompt": self.ptx_coef > 0,
+                "whiten_bessel": self.whiten_rewards or self.whiten_advantages != "none",
+                "old_logps": several or self.kl_coef > 0,
+                "target_kl": several,
+            },
+            READERS,
+        )
         for name in (
             "num_ppo_epochs",
             "num_mini_batches",
             "num_generations",
             "max_completion_length",
             "ptx_per_prompt",
+            "logits_chunk",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -130,8 +156,8 @@ class Config:
             raise ValueError(f"missing_eos_penalty={self.missing_eos_penalty} must be above 0: it is subtracted")
         if self.missing_eos_penalty is not None and self.score_without_eos is not None:
             raise ValueError("missing_eos_penalty and score_without_eos are two rules for the same: give one of them")
-        if self.ptx_per_prompt != 1 and not self.ptx_coef:
-            raise ValueError(f"ptx_per_prompt={self.ptx_per_prompt} is read only with ptx_coef above 0")
+        if self.reward_weights is not None and not self.reward_weights:
+            raise ValueError("reward_weights=() must be one number per reward")
         if self.kl_target is not None and not self.kl_coef:
             raise ValueError("kl_target moves kl_coef by factors, and kl_coef=0 stays 0: give a kl_coef to start from")
 

@@ -12,7 +12,7 @@ from jaxalign import losses
 from jaxalign.methods.ppo_config import Config
 from jaxalign.methods.rollout import spread
 from jaxalign.sampling.generate import EOS, LENGTH
-from jaxalign.types import Experience, Max, Mean, Metrics
+from jaxalign.types import Experience, Mean, Metrics
 
 Carry = Mapping[str, float]
 # Added to the standard deviation that scores are divided by: equal scores become 0, not rounding errors in units of it.
@@ -141,10 +141,6 @@ def _metrics(
         metrics["objective/kl"] = _mean(per_completion)
         metrics["objective/kl_coef"] = Mean(carry["kl_coef"], 1.0)
         metrics["objective/non_score_reward"] = _mean(-carry["kl_coef"] * per_completion)
-    if "old_logps" in experience.fields:
-        apart = np.abs(old - experience.fields["sampler_logps"])[experience.mask].astype(np.float64)
-        metrics["sampling/sampling_logp_difference/mean"] = _mean(apart)
-        metrics["sampling/sampling_logp_difference/max"] = Max(float(apart.max(initial=0.0)))
     if known.any():
         metrics["reward"] = _mean(raw[known])
         metrics["objective/scores"] = _mean(scores[known])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxalign.losses import COUPLED_LOSSES, DIVERGENCES, MARGIN_LOSSES, PREFERENCE_LOSSES, preference_options
-from jaxalign.methods.pairs import check_known, check_rules, check_unread
+from jaxalign.methods.checks import check_known, check_rules, check_unread
 
 SMOOTHED = tuple(name for name in PREFERENCE_LOSSES if "label_smoothing" in preference_options(name))
 # Who reads what not everybody reads.

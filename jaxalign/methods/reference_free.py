@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxalign import losses
 from jaxalign.losses import PER_TOKEN_REWARDS, REFERENCE_FREE_LOSSES, TokenStatistics, reference_free_options
-from jaxalign.methods import balance, common, pairs
+from jaxalign.methods import balance, checks, common, pairs
 from jaxalign.models import Model
 from jaxalign.packing import Document
 from jaxalign.training.step import LossFn, Totals
@@ -65,17 +65,17 @@ class Config:
 
     def __post_init__(self):
         """Raises ValueError on settings that have no meaning, or that nothing reads; the field is named."""
-        pairs.check_known("loss_type", [self.loss_type], REFERENCE_FREE_LOSSES)
+        checks.check_known("loss_type", [self.loss_type], REFERENCE_FREE_LOSSES)
         options = reference_free_options(self.loss_type)
         read = {name: name in options for name in ("label_smoothing", "simpo_gamma")}
-        pairs.check_unread(self, {**read, "cpo_alpha": not self.is_orpo, "alpha": not self.is_orpo}, READERS)
+        checks.check_unread(self, {**read, "cpo_alpha": not self.is_orpo, "alpha": not self.is_orpo}, READERS)
         rules = {
             "beta": (self.beta > 0, "greater than 0"),
             "label_smoothing": (0 <= self.label_smoothing < 0.5, "in [0, 0.5)"),
             "cpo_alpha": (self.cpo_alpha >= 0, "at least 0"),
             "simpo_gamma": (self.simpo_gamma >= 0, "at least 0"),
         }
-        pairs.check_rules(self, rules)
+        checks.check_rules(self, rules)
 
     @property
     def is_orpo(self) -> bool:

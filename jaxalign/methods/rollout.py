@@ -196,10 +196,11 @@ def run_passes(
 
 
 def rollout_metrics(experience: Experience) -> Metrics:
-    """What a rollout's completions look like, under TRL's names."""
+    """How long a rollout's completions are, under TRL's names, and its prompts, under verl's."""
     lengths, ended = experience.lengths.astype(np.float64), experience.finish > 0
     metrics: dict[str, Any] = {
         **spread("completions/{}_length", lengths),
+        **spread("prompt_length/{}", experience.prompt_lengths.astype(np.float64)),
         "completions/clipped_ratio": Mean(float((~ended).sum()), float(len(ended))),
     }
     if ended.any():

@@ -30,7 +30,8 @@ class Config:
       weight_decay: decoupled, times the learning rate; on everything but norms and biases.
       adam_beta1: decay of the first moment.
       adam_beta2: decay of the second moment.
-      adam_epsilon: added to the root of the second moment, outside the root as in torch.
+      adam_epsilon: added to the root of the second moment, outside the root as in torch; by `adamw_tf` before that
+        moment's bias is corrected.
       max_grad_norm: clip by the global norm; 0 or None turns it off.
       adafactor_decay_rate: the second moment's decay at update t (from 1) is `1 - t**-rate`.
       adafactor_clip_threshold: largest root mean square of a layer's update before the learning rate.
@@ -132,6 +133,26 @@ def _adamw(config: Config) -> optax.GradientTransformation:
     return optax.scale_by_adam(b1=config.adam_beta1, b2=config.adam_beta2, eps=config.adam_epsilon)
 
 
+def _adamw_tf(config: Config) -> optax.GradientTransformation:
+    """Adam with TensorFlow's place of epsilon, before the correction of the bias: the first updates are smaller.
+
+    `sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + epsilon)`: torch's with `epsilon / sqrt(1 - b2^t)`, which falls to
+    epsilon as t grows. Source: Kingma and Ba, arXiv 1412.6980, the remark behind algorithm 1; detail 21 of "The N
+    Implementation Details of RLHF with PPO".
+    """
+    b1, b2 = config.adam_beta1, config.adam_beta2
+    adam = optax.scale_by_adam(b1=b1, b2=b2)  # its moments; its updates are not used
+
+    def update(updates, state, params=None):
+        _, state = adam.update(updates, state, params)
+        assert isinstance(state, optax.ScaleByAdamState)
+        factor = jnp.sqrt(1 - b2**state.count) / (1 - b1**state.count)
+        scale = lambda m, v: (factor * m / (jnp.sqrt(v) + config.adam_epsilon)).astype(m.dtype)  # noqa: E731
+        return jax.tree.map(scale, state.mu, state.nu), state
+
+    return optax.GradientTransformation(adam.init, update)
+
+
 def _adafactor(config: Config) -> optax.GradientTransformation:
     factored = optax.scale_by_factored_rms(
         decay_rate=config.adafactor_decay_rate,
@@ -181,4 +202,8 @@ SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "constant_with_warmup": jnp.ones_like,
 }
 
-OPTIMIZERS: dict[str, Callable[[Config], optax.GradientTransformation]] = {"adamw": _adamw, "adafactor": _adafactor}
+OPTIMIZERS: dict[str, Callable[[Config], optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "adamw_tf": _adamw_tf,
+    "adafactor": _adafactor,
+}

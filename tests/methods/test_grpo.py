@@ -199,7 +199,26 @@ def test_metrics_by_hand(chance):
         "clip_ratio/region_mean": 3 / 13,
     }
     assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
-    assert "sampling/sampling_logp_difference/mean" not in found
+
+
+def test_sampler_and_trainer_side_by_side_by_hand(chance):
+    """The sampler held two of 13 tokens for twice and for half as probable; one log-prob is not known.
+
+    |d| is log 2 twice, exp|d| is 2 twice and 1 elsewhere. k3(-log 2) = 1/2 + log 2 - 1 and k3(log 2) = 2 - log 2 - 1.
+    Both probabilities together are 3/2 of the smaller one: k3(log 2/3) + k3(log 4/3) for each token, halved.
+    """
+    twice = np.log(2)
+    sampler = [[CHANCE + twice, CHANCE, CHANCE], CHANCE, [CHANCE, NAN], CHANCE, [CHANCE - twice, *[CHANCE] * 3], CHANCE]
+    found = loss_by_hand(chance, hand_made(sampler_logps=sampler))
+    k3 = lambda x: np.exp(x) - x - 1  # noqa: E731
+    wanted = {
+        "sampling/sampling_logp_difference/mean": 2 * twice / 12,
+        "sampling/sampling_logp_difference/max": twice,
+        "token_mult_prob_error": (10 + 2 * 2) / 12,
+        "gen_kl_error": (k3(-twice) + k3(twice)) / 12,
+        "js_divergence_error": (k3(np.log(2 / 3)) + k3(np.log(4 / 3))) / 12,
+    }
+    assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
 
 
 def test_what_is_left_out_of_the_loss_by_hand(chance):
@@ -258,9 +277,7 @@ def test_the_kl_in_the_reward_by_hand():
     assert grpo.passes(config, narrow=False) == {"ref_logps": "reference"}
     assert grpo.passes(config, narrow=True) == {"ref_logps": "reference", "old_logps": "policy"}
     again = replace(experience, fields={**experience.fields, "old_logps": experience.fields["ref_logps"] + 0.1})
-    found, metrics, _ = grpo.estimate(config, again, {})
-    assert metrics["kl"].value() == pytest.approx(0.1, rel=1e-4)
-    assert metrics["sampling/sampling_logp_difference/max"].value() == pytest.approx(0.1, rel=1e-4)
+    assert grpo.estimate(config, again, {})[1]["kl"].value() == pytest.approx(0.1, rel=1e-4)
 
 
 def test_dynamic_sampling_goes_by_scores_alone():
@@ -359,7 +376,7 @@ def test_what_is_left_out_has_no_gradient():
     "choice",
     [
         {"loss_type": "dapo", "beta": 0.1, "advantage": "reinforce_plus_plus"},
-        {"loss_type": "grpo", "importance_sampling_level": "sequence", "policy_loss": "cispo"},
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "policy_loss": "cispo", "epsilon_high": 5.0},
     ],
     ids=["tokens", "sequences"],
 )
@@ -411,8 +428,10 @@ def test_presets_build_and_their_steps_trace(name):
     stage = parse_config(raw).stages[0]
     assert stage.method_name == "grpo" and stage.method == Config(**PRESETS[name])
     config = replace(stage.method, max_completion_length=STEPS)
-    other = parse_config({**raw, "method": {"name": name, "epsilon": 0.123, "num_generations": 5}}).stages[0].method
-    assert other == replace(stage.method, epsilon=0.123, num_generations=5)
+    other = (
+        parse_config({**raw, "method": {"name": name, "epsilon_high": 0.123, "num_generations": 5}}).stages[0].method
+    )
+    assert other == replace(stage.method, epsilon_high=0.123, num_generations=5)
     model, variables = tiny_model(**SMALL)
     n = config.num_generations
     experience = experience_of(1 + np.arange(2 * n) % STEPS, np.arange(2 * n))
@@ -440,9 +459,14 @@ def test_the_choices_that_trace():
         "loss_type": losses.AGGREGATIONS,
         "kl_estimator": losses.KL_ESTIMATORS,
     }
+    needed: dict[str, dict[str, Any]] = {
+        "cispo": {"epsilon_high": 5.0},
+        "vespo": {"importance_sampling_level": "sequence_sum"},
+        **{bounds: {"policy_loss": "cispo", "epsilon_high": 5.0} for bounds in losses.CISPO_BOUNDS},
+    }
     for field, registry in fields.items():
         for key in registry:
-            config = config_of({field: key, "beta": 0.1})
+            config = config_of({field: key, "beta": 0.1, **needed.get(key, {})})
             batch = pack_all(config, grpo.estimate(config, experience, {})[0])
             value, metrics = jax.eval_shape(partial(judge, config, model), variables, batch)
             assert value.shape == () and "entropy" in metrics
@@ -450,7 +474,8 @@ def test_the_choices_that_trace():
 
 def test_rloo_is_reinforce_with_the_others_as_baseline():
     """The first update has the gradient of -Σ_i (r_i - r_j) log p(y_i) / n, whatever the completions' lengths."""
-    config = Config(**{**PRESETS["rloo"], "beta": 0.0, "max_completion_length": STEPS})
+    without = {"beta": 0.0, "kl_in_reward": False, "kl_estimator": "k3"}
+    config = Config(**{**PRESETS["rloo"], **without, "max_completion_length": STEPS})
     experience = experience_of([1, STEPS, 7, 2], [1.0, 0.0, 2.0, 5.0])
     advantages = np.array([1.0, -1.0, -3.0, 3.0])
     model, variables = tiny_model(**SMALL)
@@ -482,15 +507,56 @@ def test_unknown_methods_name_the_presets():
     [
         ({"num_generations": 1}, "num_generations=1 must be at least 2"),
         ({"advantage": "groups"}, "advantage 'groups' is unknown; known: group, batch"),
-        ({"gamma": 0.9}, "gamma=0.9"),
+        ({"gamma": 0.9}, "gamma=0.9 is not read here, only with advantage: reinforce_plus_plus"),
+        ({"gamma": 1.1, "advantage": "reinforce_plus_plus"}, "gamma=1.1 must be in"),
         ({"delta": 1.1}, r"delta=1\.1 must be above 1 \+ epsilon_high"),
-        ({"delta": 2.0, "policy_loss": "cispo"}, "'cispo' has no such bound"),
+        ({"delta": 2.0, "policy_loss": "cispo", "epsilon_high": 5.0}, "delta=2.0 is not read here"),
         ({"overlong_cache": 300}, "overlong_cache=300"),
         ({"advantage": "reinforce_plus_plus", "num_generations": 1, "dynamic_sampling": True}, "dynamic_sampling=True"),
         ({"multi_objective_aggregation": "normalize_then_sum", "advantage": "batch"}, "multi_objective_aggregation"),
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+        ({"dual_clip": 2.0}, "dual_clip=2.0 is not read here, only with policy_loss: dual"),
+        ({"cispo_bounds": "relative"}, "cispo_bounds='relative' is not read here, only with policy_loss: cispo"),
+        ({"epsilon": 0.1, "policy_loss": "sapo"}, "epsilon=0.1 is not read here"),
+        ({"epsilon": 0.1, "policy_loss": "cispo", "epsilon_high": 5.0}, "epsilon=0.1 is not read here"),
+        ({"epsilon_high": 0.1, "policy_loss": "sapo"}, "epsilon_high=0.1 is not read here"),
+        ({"sapo_temperature_neg": 2.0}, "sapo_temperature_neg=2.0 is not read here"),
+        ({"vespo_k_neg": 2.0}, "vespo_k_neg=2.0 is not read here, only with policy_loss: vespo"),
+        ({"kl_in_reward": True}, "kl_in_reward=True is not read here, only with beta above 0"),
+        ({"kl_estimator": "k1"}, "kl_estimator='k1' is not read here, only with beta above 0"),
+        ({"beta": 0.1, "kl_in_reward": True, "use_bias_correction_kl": False}, "use_bias_correction_kl=False is not"),
+        ({"max_rollouts": 5}, "max_rollouts=5 is not read here, only with dynamic_sampling: true"),
+        ({"old_logps": "trainer"}, "old_logps='trainer' is not read here, only where a rollout serves several"),
+        ({"policy_loss": "cispo"}, "epsilon_high=None must be given with cispo_bounds absolute"),
+        ({"policy_loss": "vespo"}, "importance_sampling_level='token' must be sequence_sum with policy_loss vespo"),
+        ({"epsilon_high": -0.5}, "epsilon_high=-0.5 must be at least 0"),
+        ({"sapo_temperature_pos": 0.0, "policy_loss": "sapo"}, "sapo_temperature_pos=0.0 must be above 0"),
+        (
+            {"policy_loss": "vespo", "importance_sampling_level": "sequence_sum", "vespo_k_pos": -1.0},
+            "vespo_k_pos=-1.0 must be at least 0",
+        ),
+        ({"logits_chunk": 0}, "logits_chunk=0 must be at least 1"),
+        ({"reward_weights": ()}, r"reward_weights=\(\) must be one number per reward"),
     ],
 )
 def test_settings_without_meaning(settings, named):
     with pytest.raises(ValueError, match=named):
         Config(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"policy_loss": "dual", "dual_clip": 2.0, "epsilon_high": 0.3, "epsilon": 0.1},
+        {"policy_loss": "cispo", "cispo_bounds": "relative", "epsilon": 0.3},
+        {"policy_loss": "cispo", "cispo_bounds": "two_sided", "epsilon": 0.1, "epsilon_high": 0.3},
+        {"policy_loss": "sapo", "sapo_temperature_pos": 2.0},
+        {"beta": 0.1, "kl_in_reward": True, "kl_estimator": "k2", "old_logps": "trainer"},
+        {"num_iterations": 2, "old_logps": "sampler"},
+        {"dynamic_sampling": True, "max_rollouts": 3},
+        {"advantage": "reinforce_plus_plus", "gamma": 0.9, "num_generations": 1},
+    ],
+)
+def test_what_is_read_may_be_set(settings):
+    config = Config(**settings)
+    assert {name: getattr(config, name) for name in settings} == settings

@@ -5,17 +5,19 @@ from functools import cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jaxalign.methods import ppo, sft
+from jaxalign.methods import common, ppo, sft
 from jaxalign.methods.mixing import Order, Supervised
 from jaxalign.methods.offline import Layout
 from jaxalign.methods.online import OnlineSource, Parts
 from jaxalign.methods.ppo_estimate import shape_scores
 from jaxalign.methods.rollout import pack_prompts, run_passes
 from jaxalign.sharding import MeshConfig, data_shards, make_mesh, param_shardings, place_batch
+from jaxalign.training.checkpoint import Checkpoints
 from jaxalign.training.step import accumulate
 from jaxalign.types import Experience, Mean, Samples
 from tests.layouts import VOCAB, ragged_pairs, ragged_texts, relative, tiny_model
@@ -218,6 +220,14 @@ def test_each_epoch_has_an_order_of_its_own():
         ({"dual_clip": 1.0}, "dual_clip"),
         ({"epsilon_value": 0.0}, "epsilon_value"),
         ({"target_kl": float("nan")}, "target_kl"),
+        ({"kl_horizon": 50.0}, "kl_horizon=50.0 is not read here, only with kl_target"),
+        ({"kl_coef": 0.0, "kl_estimator": "k3"}, "kl_estimator='k3' is not read here, only with kl_coef above 0"),
+        ({"ptx_per_prompt": 2}, "ptx_per_prompt=2 is not read here, only with ptx_coef above 0"),
+        ({"whiten_advantages": "none", "whiten_bessel": False}, "whiten_bessel=False is not read here"),
+        ({"num_ppo_epochs": 1, "kl_coef": 0.0, "old_logps": "trainer"}, "old_logps='trainer' is not read here"),
+        ({"num_ppo_epochs": 1, "target_kl": 0.1}, "target_kl=0.1 is not read here"),
+        ({"logits_chunk": 0}, "logits_chunk=0 must be at least 1"),
+        ({"reward_weights": ()}, "reward_weights"),
     ],
 )
 def test_settings_without_meaning(settings, named):
@@ -289,9 +299,12 @@ def scored_rollout(config, models, state, frozen, seed=0) -> Experience:
     return ppo.estimate(config, experience, ppo.start_carry(config))[0]
 
 
-def pack(config, experience, layout=WHOLE, share_prompt=True):
+def pack(config, experience, layout=WHOLE, share_prompt=True, update=0):
+    """As the source does."""
     members, names = np.arange(len(experience.prompts)), ppo.fields(config)
-    return pack_prompts(experience, members, layout, share_prompt=share_prompt, fields=names)
+    batch = pack_prompts(experience, members, layout, share_prompt=share_prompt, fields=names)
+    numbers = ppo.batch_fields(config, experience, len(batch.present), update)
+    return replace(batch, fields={**batch.fields, **numbers})
 
 
 def test_a_value_is_of_the_state_before_its_token():
@@ -430,7 +443,10 @@ def test_an_update_too_far_away_is_not_applied():
 
     def update(target_kl):
         step = ppo.make_step(replace(config, target_kl=target_kl), models, optimizer)
-        after, metrics = jax.jit(step)(state, frozen, batch)
+        after, metrics = jax.jit(step)(state if target_kl is None else stoppable(state), frozen, batch)
+        if target_kl is not None:
+            assert after.opt_state.stopped == (target_kl == 0.02)
+            after = replace(after, opt_state=after.opt_state.optimizer)
         return after, {name: metric.value() for name, metric in metrics.items()}
 
     plain, free = update(None)
@@ -443,6 +459,64 @@ def test_an_update_too_far_away_is_not_applied():
     assert relative(near.params, plain.params) <= 1e-6 and relative(near.opt_state, plain.opt_state) <= 1e-6
     assert relative(near.params, state.params) > 1e-5
     assert {**stopped, "policy/stopped": 0} == pytest.approx({**free, "policy/stopped": 0})
+
+
+def stoppable(state):
+    """The state as `ppo.init` makes it where there is a `target_kl`."""
+    return replace(state, opt_state=ppo.Stoppable(jnp.zeros((), bool), state.opt_state))
+
+
+def test_a_stop_holds_until_the_epoch_ends(tmp_path):
+    """Updates 0 to 5 are two epochs of three. Far, near, near: nothing is applied. Near, far, near: the first alone.
+
+    What a checkpoint brings back between a far update and a near one is stopped like what it was made of.
+    """
+    models, state, frozen = make_models()
+    config, optimizer = ppo.Config(num_mini_batches=3, num_ppo_epochs=2, target_kl=0.02), optax.adam(1e-4)
+    near = scored_rollout(config, models, state, frozen)
+    experiences = {"near": near, "far": moved(near)}
+    made, other = ppo.init(
+        config,
+        models,
+        {role: common.join_variables(state.params[role], frozen[role]) for role in frozen},
+        optimizer,
+        KEY,
+    )
+    assert jax.tree.structure(made) == jax.tree.structure(stoppable(state)) and not made.opt_state.stopped
+    assert jax.tree.structure(other) == jax.tree.structure(frozen)
+    state, step = stoppable(state), jax.jit(ppo.make_step(config, models, optimizer))
+    stopped, applied, states = [], [], []
+    for update, kind in enumerate(("far", "near", "near", "near", "far", "near")):
+        after, metrics = step(state, frozen, pack(config, experiences[kind], update=update))
+        stopped.append(metrics["policy/stopped"].value())
+        applied.append(relative(after.params, state.params) > 0)
+        if update == 3:  # the optimiser counts what is applied, the state all
+            assert after.opt_state.optimizer[0].count == 1 and after.step == 4
+        state = after
+        states.append(state)
+    assert stopped == [1, 1, 1, 0, 1, 1] and applied == [False, False, False, True, False, False]
+    with Checkpoints(tmp_path / "saved") as checkpoints:
+        checkpoints.save(5, states[4], {}, {})
+        restored = checkpoints.restore(states[4], 5)
+    assert restored is not None
+    again, _ = step(restored.state, frozen, pack(config, near, update=5))
+    assert all(
+        jax.tree.leaves(jax.tree.map(np.array_equal, (again.params, again.opt_state), (state.params, state.opt_state)))
+    )
+
+
+def test_the_sampler_is_compared_at_a_rollout_s_first_update():
+    """Several updates per rollout, in float32: the policy has moved at all but the first. Nothing is said of ratios."""
+    config = ppo.Config()
+    models, state, frozen = make_models()
+    experience = scored_rollout(config, models, state, frozen)
+    loss = jax.jit(lambda batch: ppo.make_loss(config, models)(state.params, frozen, batch, ppo.totals(batch), KEY)[1])
+    for update in range(3):
+        batch = jax.tree.map(lambda x: x[0], pack(config, experience, update=update))
+        found = loss(batch)
+        for name in ("sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "gen_kl_error"):
+            value = found[name].value()
+            assert (value is None) == (update > 0) and (value or 0) <= 1e-4
 
 
 def test_one_update_per_rollout_needs_no_old_logps():

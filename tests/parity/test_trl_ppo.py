@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -200,10 +201,14 @@ def run_ours(config: ppo.Config, seen, folder: Path) -> tuple[Any, dict[str, lis
     step = jax.jit(ppo.make_step(config, both, optimizer))
     size = COUNT // config.num_mini_batches
     found: dict[str, list[Any]] = {}
+    update = 0
     for order in seen.orders:
         for start in range(0, COUNT, size):
             members = order[start : start + size]
             batch = pack_prompts(experience, members, Layout(size, 4, 64), fields=ppo.fields(config))
+            numbers = ppo.batch_fields(config, experience, len(batch.present), update)
+            batch = replace(batch, fields={**batch.fields, **numbers})
+            update += 1
             state, metrics = step(state, frozen, batch)
             for name, metric in metrics.items():
                 found.setdefault(name, []).append(metric.value())

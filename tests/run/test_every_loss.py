@@ -27,7 +27,11 @@ LOSSES = {
     "unpaired_preference": ("loss_type", losses.UNPAIRED_LOSSES),
     "grpo": ("policy_loss", losses.POLICY_LOSSES),
 }
-NEEDED = {"exo_pair": {"label_smoothing": 1e-3}}
+NEEDED = {
+    "exo_pair": {"label_smoothing": 1e-3},
+    "cispo": {"epsilon_high": 5.0},
+    "vespo": {"importance_sampling_level": "sequence_sum"},
+}
 CHOICES = [(method, {key: name, **NEEDED.get(name, {})}) for method, (key, names) in LOSSES.items() for name in names]
 CHOICES += [(preset, {}) for preset in PRESETS]
 CHOICES.sort(key=lambda choice: PRESETS.get(choice[0], choice)[0])  # the losses of a method share what is read

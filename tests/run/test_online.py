@@ -543,7 +543,10 @@ def test_a_shared_critic_takes_the_blocks_along(online):
             {"ptx_data": {"max_length": 250}, "train": {"row_length": 32}},
             r"train\.row_length=32, .* or a text of ptx_data, may take 64",
         ),
-        ({"method": SMALL_PPO | {"ptx_per_prompt": 3}}, r"method: ptx_per_prompt=3 is read only with ptx_coef above 0"),
+        (
+            {"method": SMALL_PPO | {"ptx_per_prompt": 3}},
+            r"method: ptx_per_prompt=3 is not read here, only with ptx_coef",
+        ),
         ({"export": {"critic": True}}, r"export\.critic: the method grpo has no critic"),
     ],
 )

@@ -155,6 +155,33 @@ def test_adamw_is_torch_adamw():
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
 
 
+def test_the_place_of_epsilon_in_tensorflow():
+    """A gradient of 1, b1 0.9, b2 0.999, epsilon 0.1: m 0.1, v 0.001, so that sqrt(1 - b2) is 0.0316228.
+
+    The first update is 0.0316228 / 0.1 × 0.1 / (0.0316228 + 0.1) = 0.240253 (torch: 1 / 1.1). The second, of the
+    gradient -1: m = 0.09 - 0.1 = -0.01, v = 0.000999 + 0.001 = 0.001999, whose root is 0.0447102, as is
+    sqrt(1 - b2^2): 0.0447102 / 0.19 × -0.01 / 0.1447102 = -0.0162612. After thousands of steps the two are one.
+    """
+    config = optimizer.Config(name="adamw_tf", adam_epsilon=0.1, max_grad_norm=None, learning_rate=1.0)
+    transform, other = (optimizer.OPTIMIZERS[name](config) for name in ("adamw_tf", "adamw"))
+    params = {"kernel": jnp.zeros((), jnp.float32)}
+    state, found = transform.init(params), []
+    updates: Any
+    first: Any
+    for gradient in (1.0, -1.0):
+        updates, state = transform.update({"kernel": jnp.float32(gradient)}, state, params)
+        found.append(float(updates["kernel"]))
+    assert found == pytest.approx([0.240253, -0.0162612], rel=1e-4)
+    first, _ = other.update({"kernel": jnp.float32(1.0)}, other.init(params), params)
+    assert float(first["kernel"]) == pytest.approx(1 / 1.1, rel=1e-5)
+    assert isinstance(state, optax.ScaleByAdamState)
+    late, both = state._replace(count=jnp.int32(20_000)), []
+    for each in (transform, other):
+        updates, _ = each.update({"kernel": jnp.float32(0.5)}, late, params)
+        both.append(float(updates["kernel"]))
+    assert both[0] == pytest.approx(both[1], rel=1e-5)
+
+
 def test_first_update_with_warmup_changes_nothing_and_no_clipping_when_off():
     params, grads = tree(3), tree(4, 100.0)
     for max_norm in (0.0, None):
@@ -215,7 +242,7 @@ def test_adafactor_factors_large_matrices_and_scales_by_the_parameter():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "adam"}, "optimizer.name: 'adam' is unknown; choose one of adamw, adafactor"),
+        ({"name": "adam"}, "optimizer.name: 'adam' is unknown; choose one of adamw, adamw_tf, adafactor"),
         ({"lr_scheduler_type": "poly"}, "optimizer.lr_scheduler_type"),
         ({"warmup_ratio": 1.5}, "warmup_ratio"),
         ({"learning_rate": -1.0}, "learning_rate"),

@@ -161,7 +161,8 @@ class RewardSection:
     """One reward of a rollout: a function or a reward model.
 
     Attributes:
-      name: key in `REWARD_FUNCTIONS`, `package.module:function` or `path/to/file.py:function`.
+      name: key in `REWARD_FUNCTIONS`, `package.module:function` or `path/to/file.py:function`, from the folder
+        that the run is started in.
       model: a Hugging Face folder with a score head, or `<stage>.reward` of an earlier stage, instead of a function.
       weight: of this reward in the sum.
       options: hyper-parameters of the function.

@@ -1,5 +1,6 @@
 """Online runs: end to end, killed in the middle of a rollout buffer, and what a user gets wrong."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -16,9 +17,9 @@ from typer.testing import CliRunner
 
 from jaxalign import cli as command_line
 from jaxalign import models
-from jaxalign.config import config_text, difference, parse_config, read_config_text
+from jaxalign.config import config_text, difference, load_config, parse_config, read_config_text
 from jaxalign.rewards import RewardError
-from jaxalign.run import evaluate_stage, pick_stage, run
+from jaxalign.run import evaluate_stage, pick_stage, prepare, run
 from jaxalign.run import stage as stage_module
 from jaxalign.run import start as start_module
 from jaxalign.run.online import make_passes
@@ -253,6 +254,42 @@ def test_killed_in_the_middle_of_a_rollout_buffer(method, times, online, texts, 
     assert lines(folder) == lines(runs / "whole")
     assert (folder / "samples.jsonl").read_bytes() == (runs / "whole" / "samples.jsonl").read_bytes()
     assert weights(folder) == weights(runs / "whole")
+
+
+def test_a_reward_is_found_from_where_the_run_is_started(online, functions, tmp_path, write_config, monkeypatch):
+    """As all paths of a config are, wherever the config lies."""
+    (tmp_path / "mine").mkdir()
+    shutil.copyfile(functions, tmp_path / "mine" / "own.py")
+    online["rollout"]["rewards"] = [{"name": "mine/own.py:tenths"}]
+    (tmp_path / "configs").mkdir()
+    path = write_config(online).rename(tmp_path / "configs" / "own.yaml")
+    monkeypatch.chdir(tmp_path)
+    prepare(pick_stage(load_config(path), None))
+    monkeypatch.chdir(path.parent)
+    with pytest.raises(ValueError, match=r"rollout\.rewards\[0\]: .*there is no file .*/configs/mine/own\.py"):
+        prepare(pick_stage(load_config(path), None))
+
+
+def test_a_reward_whose_file_was_edited_is_another_run(online, functions, tmp_path, monkeypatch):
+    """The file of a reward that is named by its file; a module is found by its name, as a package's version is."""
+    own, package = tmp_path / "own.py", tmp_path / "module_of_rewards.py"
+    for path in (own, package):
+        shutil.copyfile(functions, path)
+    monkeypatch.syspath_prepend(tmp_path)
+    online["rollout"]["rewards"] = [{"name": f"{own}:tenths"}, {"name": "module_of_rewards:some"}]
+    online["method"] |= {"beta": 0.0, "steps_per_generation": 1, "num_iterations": 1}
+    online["train"] |= {"max_steps": 1, "eval_steps": 9}
+    online["log"] = {}
+    result = start(online)
+    kept = json.loads((result.folder / "manifest.json").read_text())["stages"]["run"]["rewards"]
+    assert kept == {str(own): hashlib.sha256(own.read_bytes()).hexdigest()}
+    shutil.rmtree(result.stages[0].folder / "export")  # as if stopped before the export
+    package.write_text(REWARDS + "# edited\n")
+    assert start(online).stages[0].reason == "completed"
+    shutil.rmtree(result.stages[0].folder / "export")
+    own.write_text(REWARDS.replace("% 11", "% 7"))
+    with pytest.raises(ValueError, match=r"(?s)begun with other inputs; bring them back or give --fresh:.*own\.py"):
+        start(online)
 
 
 def change(settings: dict, key: str, value: Any) -> dict:

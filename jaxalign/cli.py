@@ -120,9 +120,16 @@ def sample(
     min_new_tokens: Annotated[int, typer.Option(help="Tokens before a completion may end by EOS.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion in tokens.")] = 256,
     stop: Annotated[
-        list[str] | None, typer.Option(help="A string that ends a completion; may be given several times.")
+        list[str] | None,
+        typer.Option(help="A string that ends a completion, cut off after the draw; may be given several times."),
     ] = None,
-    keep_stop: Annotated[bool, typer.Option("--keep-stop", help="Leave the stop string in the text.")] = False,
+    stop_sequence: Annotated[
+        list[str] | None, typer.Option(help="A text whose tokens end a completion at once; several times, too.")
+    ] = None,
+    stop_token_id: Annotated[
+        list[int] | None, typer.Option(help="A token that ends a completion as EOS does; several times, too.")
+    ] = None,
+    keep_stop: Annotated[bool, typer.Option("--keep-stop", help="Leave what ended it in the text.")] = False,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
     slots: Annotated[
         int, typer.Option(help="Completions drawn at the same time; one that ends makes room for the next.")
@@ -170,6 +177,8 @@ def sample(
         raw=raw,
         settings=settings,
         stop=tuple(stop or ()),
+        stop_sequences=tuple(stop_sequence or ()),
+        stop_token_ids=tuple(stop_token_id or ()),
         keep_stop=keep_stop,
         seed=seed,
         tensor=tensor,

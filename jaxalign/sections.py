@@ -161,7 +161,8 @@ class RewardSection:
     """One reward of a rollout: a function or a reward model.
 
     Attributes:
-      name: key in `REWARD_FUNCTIONS`, `package.module:function` or `path/to/file.py:function`.
+      name: key in `REWARD_FUNCTIONS`, `package.module:function` or `path/to/file.py:function`, from the folder
+        that the run is started in.
       model: a Hugging Face folder with a score head, or `<stage>.reward` of an earlier stage, instead of a function.
       weight: of this reward in the sum.
       options: hyper-parameters of the function.
@@ -195,6 +196,8 @@ class RolloutSection:
       repetition_penalty: against tokens that were there before; 1 = off.
       min_new_tokens: tokens drawn before a completion may end.
       stop: strings that end a completion, looked for after it was drawn.
+      stop_token_ids: tokens that end a completion at once, as the model's EOS does.
+      stop_sequences: texts, tokenised as they stand, or lists of token ids that end a completion at once.
       slots: completions drawn at the same time, over all devices; None = all.
       refill: how many slots must be free before they take new completions; None = a quarter of them.
       cache_dtype: of cached keys and values; None = that of computation.
@@ -212,6 +215,8 @@ class RolloutSection:
     repetition_penalty: float = 1.0
     min_new_tokens: int = 0
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    stop_sequences: tuple[str | tuple[int, ...], ...] = ()
     slots: int | None = None
     refill: int | None = None
     cache_dtype: Literal["float32", "bfloat16", "float16"] | None = None

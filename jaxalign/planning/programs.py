@@ -19,8 +19,9 @@ from jaxalign.methods.online import pack_update
 from jaxalign.methods.running import carries, make_carry_program
 from jaxalign.planning.work import Work, forward_of_batch, generation_of, training_of
 from jaxalign.rewards.model import CALL_TOKENS, make_reader, pack_texts
+from jaxalign.run.drawing import sampling_config
 from jaxalign.run.online import draw_mesh, language_model, online_models, prompt_width
-from jaxalign.run.prepare import Prepared, sampling_config
+from jaxalign.run.prepare import Prepared
 from jaxalign.run.programs import (
     Training,
     base_shapes,

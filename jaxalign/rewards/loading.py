@@ -15,15 +15,14 @@ from jaxalign.rewards.contract import Reward, RewardFunction, option_names
 from jaxalign.rewards.functions import REWARD_FUNCTIONS
 
 
-def load_reward(name: str, options: Mapping[str, Any] | None = None, *, folder: str | Path | None = None) -> Reward:
+def load_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
     """A reward by name.
 
     Args:
       name: a key of `REWARD_FUNCTIONS`; or `package.module:function` or `package.module.function`; or
-        `path/to/file.py:function`.
+        `path/to/file.py:function`, relative to the current folder.
       options: the function's hyper-parameters by name. Of an imported function, these are parameters with a default and
         keyword-only ones; all others are columns.
-      folder: what a file's path is relative to; default: the current folder.
 
     Raises:
       ValueError: the name, the file, the module or an option is unknown, an option's value has no meaning, or the
@@ -42,7 +41,7 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None, *, folder: 
             f"there is no reward {name!r}{_near(name, list(REWARD_FUNCTIONS))}; known: {', '.join(REWARD_FUNCTIONS)}; "
             "a function of your own is named as package.module:function or path/to/file.py:function"
         )
-    module = _file_module(name, Path(folder or "."), place) if place.endswith(".py") else _module(name, place)
+    module = _file_module(name, Path(place)) if place.endswith(".py") else _module(name, place)
     function = vars(module).get(function_name)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -55,6 +54,12 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None, *, folder: 
         raise ValueError(f"reward {name!r}: its parameters are passed by keyword, so none may be positional only")
     _check_options(name, function, options, option_names(function))
     return Reward(function_name, cast(RewardFunction, function), options)
+
+
+def reward_file(name: str) -> Path | None:
+    """The Python file of a reward that is named by its path, None of one that is built in or imported."""
+    place, separator, _ = name.rpartition(":")
+    return Path(place) if separator and place.endswith(".py") and name not in REWARD_FUNCTIONS else None
 
 
 def _check_options(name: str, function: Callable, options: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -80,11 +85,12 @@ def _module(name: str, place: str) -> Any:
         ) from error
 
 
-def _file_module(name: str, folder: Path, place: str) -> Any:
-    path = (folder / place).resolve()
+def _file_module(name: str, place: Path) -> Any:
+    path = place.resolve()
     if not path.is_file():
         raise ValueError(f"reward {name!r}: there is no file {path}")
-    known = f"jaxalign_reward_{path.stem}_{abs(hash(path)):x}"
+    # A file that was edited since is another module.
+    known = f"jaxalign_reward_{path.stem}_{abs(hash((path, path.read_bytes()))):x}"
     if known in sys.modules:
         return sys.modules[known]
     spec = importlib.util.spec_from_file_location(known, path)

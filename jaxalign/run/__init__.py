@@ -26,6 +26,7 @@ from jaxalign.run.evaluate import evaluate_stage
 from jaxalign.run.folder import check_shared, find_folder, locked, record_stage, write_config, write_text
 from jaxalign.run.inputs import Say
 from jaxalign.run.prepare import Prepared, check_data, prepare, resolve_dtype
+from jaxalign.run.scoring import reward_hashes
 from jaxalign.run.stage import MakeProgress, StageResult, finished, run_stage
 from jaxalign.run.stream import write_removed
 from jaxalign.training.loop import Show
@@ -177,12 +178,14 @@ def resolve_inputs(stage: Stage, policies: Mapping[str, str]) -> Stage:
 def _lineage(ready: Prepared) -> dict[str, Any]:
     model, lora, report = ready.stage.model, ready.stage.lora, ready.data.report
     mixed = None if ready.supervised is None else ready.supervised.train
+    hashes = reward_hashes(ready.stage.rollout)
     rows = [each.rows for each in (ready.data.train, ready.data.eval, mixed) if each is not None]
     return {
         "policy": {"from": model.path, "sha256": models.fingerprint(model.path)},
         "reference": model.reference and {"from": model.reference, "sha256": models.fingerprint(model.reference)},
         "adapter": lora and lora.path and {"from": lora.path, "sha256": adapter_fingerprint(lora.path)},
         "data": {path: digest for each in rows if each is not None for path, digest in each.hashes.items()},
+        **({"rewards": hashes} if hashes else {}),
         **({"parts": {title: asdict(share) for title, share in report.parts.items()}} if report.parts else {}),
         **({"removed": report.filters} if report.filters else {}),
     }

@@ -15,8 +15,9 @@ from jaxalign.methods.common import has_critic
 from jaxalign.methods.online import OnlineSource, Parts
 from jaxalign.methods.rollout import Draw, Pass, make_draw, reward_metrics, rollout_metrics, select, to_experience
 from jaxalign.run.adapting import adapt, extended_config, longer_context
+from jaxalign.run.drawing import sampling_config
 from jaxalign.run.inputs import ADAPTER, HEAD, load_start
-from jaxalign.run.prepare import Prepared, sampling_config
+from jaxalign.run.prepare import Prepared
 from jaxalign.run.programs import base_shapes, make_field_passes
 from jaxalign.run.rollout_scores import Scoring, weights_of
 from jaxalign.run.supervised import make_supervised

@@ -6,7 +6,7 @@ import logging
 import math
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any, cast
+from typing import cast
 
 import jax
 import numpy as np
@@ -32,6 +32,7 @@ from jaxalign.models.attention import Attention
 from jaxalign.models.config import DType
 from jaxalign.models.heads import score_config
 from jaxalign.run.adapting import adapted_config, check_adapting, extended_config, longer_context
+from jaxalign.run.drawing import sampling_config
 from jaxalign.run.kernels import check_offloading, choose_attention
 from jaxalign.run.scoring import check_rewards, reward_names
 from jaxalign.run.supervised import load_supervised
@@ -247,22 +248,6 @@ def _offline_metrics(ready: Prepared) -> list[str]:
         return make_eval_step(ready.method, ready.stage.method, ready.model)(*split_variables(variables), batch)
 
     return list(jax.eval_shape(evaluate, shapes, batch))
-
-
-def sampling_config(ready: Prepared, **changes: Any) -> sampling.Config:
-    """How an online stage draws."""
-    method, section = ready.stage.method, ready.stage.rollout
-    names = ("top_k", "top_p", "min_p", "repetition_penalty", "min_new_tokens", "slots", "refill", "cache_dtype")
-    return sampling.Config(
-        **{
-            **{name: getattr(section, name) for name in names},
-            "temperature": method.temperature,
-            "max_new_tokens": method.max_completion_length,
-            "num_generations": method.num_generations,
-            "eos_ids": models.end_ids(ready.model.config, ready.data.tokenizer),
-            **changes,
-        }
-    )
 
 
 def check_data(stage: Stage) -> tuple[data.Data, dict[str, float]]:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxalign import models, sampling
 from jaxalign.rewards.calling import ON_ERROR
 from jaxalign.run import exported
+from jaxalign.run.drawing import ends_of
 from jaxalign.run.folder import write_text
 from jaxalign.run.inputs import Say
 from jaxalign.run.judges import Judge, describe_scores, judge, load_judges
@@ -37,9 +38,11 @@ class Request:
       prompts: a file of them.
       system: a system message before a single prompt.
       raw: continue a single prompt as plain text.
-      settings: how completions are drawn; `eos_ids` are the model's.
-      stop: strings that end a completion.
-      keep_stop: leave the stop string in the text.
+      settings: how completions are drawn; `eos_ids` and `stop_sequences` come from the model and the next ones.
+      stop_token_ids: tokens that end a completion besides the model's own.
+      stop_sequences: texts whose tokens end a completion.
+      stop: strings that end a completion, looked for after it was drawn.
+      keep_stop: leave what ended a completion in the text.
       seed: of the draw.
       tensor: devices that hold one copy of the model together.
       scores: rewards, see `judges.load_judges`.
@@ -57,6 +60,8 @@ class Request:
     system: str | None = None
     raw: bool = False
     settings: sampling.Config = field(default_factory=sampling.Config)
+    stop_token_ids: tuple[int, ...] = ()
+    stop_sequences: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
     keep_stop: bool = False
     seed: int = 0
@@ -131,7 +136,8 @@ def sample(request: Request, *, say: Say = lambda line: None) -> list[Row]:
     check_room(prompts, config.max_position, settings.max_new_tokens)
     judges = load_judges(request.scores, request.weights, prompts, tokenizer, settings.max_new_tokens)
     mesh = _mesh(len(prompts.ids), request.tensor)
-    settings = replace(settings, eos_ids=models.end_ids(config, tokenizer))
+    names = ("--stop-token-id", "--stop-sequence")
+    settings = replace(settings, **ends_of(config, tokenizer, request.stop_token_ids, request.stop_sequences, names))
     rows = complete(
         path, tokenizer, prompts, settings, seed=request.seed, stop=request.stop, keep_stop=request.keep_stop, mesh=mesh
     )
@@ -170,15 +176,16 @@ def complete(
       settings: how.
       seed: of the draw.
       stop: strings that end a completion.
-      keep_stop: leave the stop string in the text.
+      keep_stop: leave what ended a completion in the text.
       mesh: over whose data axes prompts are split; None: one device.
 
     Returns:
       One row per completion, those of a prompt together. `prompt` and its other columns as they were, and, in their
-      place where names are equal: `completion`, in the prompt's form, without special tokens and (see `keep_stop`) the
-      stop string; `completion_ids`, EOS or the end of the stop string included; `logps` per token under the temperature
-      alone; `log_mass` per token where something else changed the distribution too (then the token was drawn with
-      log-prob `logps - log_mass`); `cumulative_logp`, the sum of `logps`; `finish`: `eos`, `stop` or `length`.
+      place where names are equal: `completion`, in the prompt's form, without special tokens and (see `keep_stop`) what
+      ended it; `completion_ids`, EOS, stop sequence or the end of the stop string included; `logps` per token under the
+      temperature alone; `log_mass` per token where something else changed the distribution too (then the token was
+      drawn with log-prob `logps - log_mass`); `cumulative_logp`, the sum of `logps`; `finish`: `eos`, `stop` or
+      `length`.
     """
 
     def decode(ids: Sequence[int]) -> str:
@@ -197,7 +204,9 @@ def complete(
     rows = []
     for number, known in enumerate(_known(drawn, settings)):
         row = prompts.rows[number // settings.num_generations]
-        text = sampling.truncate_at(decode(known["completion_ids"]), stop, keep=keep_stop)
+        ids = known["completion_ids"]
+        text = decode(ids if keep_stop else sampling.without_end(ids, settings))
+        text = sampling.truncate_at(text, stop, keep=keep_stop)
         completion = text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
         ours = {"prompt": row["prompt"], "completion": completion, **known}
         rows.append({**ours, **{name: value for name, value in row.items() if name not in ours}})

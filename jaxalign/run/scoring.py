@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 from jaxalign import models, rewards
@@ -31,6 +32,12 @@ def reward_names(section: RolloutSection) -> tuple[str, ...]:
     """What the metrics call the rewards: the function's name or `model`, with a number where that was there before."""
     names = ["model" if each is None else each.name for each in load_functions(section)]
     return tuple(name if names.index(name) == i else f"{name}_{i}" for i, name in enumerate(names))
+
+
+def reward_hashes(section: RolloutSection) -> dict[str, str]:
+    """SHA-256 of each Python file that a reward is named by, by the path in the config."""
+    files = [None if each.name is None else rewards.reward_file(each.name) for each in section.rewards]
+    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file is not None}
 
 
 def check_rewards(ready: Prepared) -> None:

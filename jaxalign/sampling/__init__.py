@@ -4,7 +4,7 @@ from jaxalign.sampling.choose import Config
 from jaxalign.sampling.decoding import make_decoding
 from jaxalign.sampling.generate import make_generate
 from jaxalign.sampling.prompts import bucket_width, first_samples, sample_prompts
-from jaxalign.sampling.text import truncate_at, truncate_samples, truncate_tokens
+from jaxalign.sampling.text import truncate_at, truncate_samples, truncate_tokens, without_end
 
 __all__ = [
     "Config",
@@ -16,4 +16,5 @@ __all__ = [
     "truncate_at",
     "truncate_samples",
     "truncate_tokens",
+    "without_end",
 ]

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from jaxalign.sampling.choose import Config
 from jaxalign.sampling.generate import STOP
 from jaxalign.types import Samples
 
@@ -47,6 +48,13 @@ def truncate_tokens(ids: Sequence[int], decode: Decode, stops: Sequence[str]) ->
         return len(ids)
     # The text of a prefix can only grow a stop: the shortest that has one is found by halving.
     return bisect.bisect_left(range(1, len(ids)), True, key=lambda n: _has(decode(ids[:n]), stops)) + 1
+
+
+def without_end(ids: Sequence[int], config: Config) -> Sequence[int]:
+    """A completion without what ended it inside the loop: an EOS id, or the longest of the stop sequences."""
+    ends = [*((id,) for id in config.eos_ids), *config.stop_sequences]
+    longest = max((len(end) for end in ends if tuple(ids[-len(end) :]) == end), default=0)
+    return ids[: len(ids) - longest]
 
 
 def truncate_samples(samples: Samples, decode: Decode, stops: Sequence[str]) -> Samples:

@@ -22,6 +22,7 @@ import optax
 import pytest
 
 from jaxalign import models
+from jaxalign.losses import whiten
 from jaxalign.methods import ppo
 from jaxalign.methods.offline import Layout
 from jaxalign.methods.rollout import pack_prompts, run_passes
@@ -69,8 +70,8 @@ def trainers() -> ModuleType:
     return importlib.import_module(f"{name}.experimental.ppo.ppo_trainer")
 
 
-def make_torch_models() -> dict[str, Any]:
-    """Policy, reference near it, value and reward model."""
+def make_torch_models(spread: float = 0.1) -> dict[str, Any]:
+    """Policy, reference near it, value and reward model; `spread` is the weights' standard deviation."""
     hf: dict[str, Any] = dict(tiny.LLAMA) | {
         "num_hidden_layers": 2,
         "pad_token_id": PAD,
@@ -84,7 +85,7 @@ def make_torch_models() -> dict[str, Any]:
         model = kind.from_config(config, attn_implementation="eager")
         with torch.no_grad():
             for key, parameter in model.named_parameters():
-                parameter.normal_(1.0 if "norm" in key else 0.0, 0.1)
+                parameter.normal_(1.0 if "norm" in key else 0.0, spread)
             if role == "reference":
                 for own, parameter in zip(model.parameters(), found["policy"].parameters(), strict=True):
                     own.copy_(parameter + 0.1 * own * (own.ndim > 1))
@@ -170,20 +171,28 @@ def run_trl(trainers, monkeypatch, folder: Path, ragged: bool, settings: dict[st
     return seen
 
 
-def run_ours(config: ppo.Config, seen, folder: Path) -> tuple[Any, dict[str, list[Any]]]:
-    """The same rollout and the same minibatches: parameters, and each metric per update."""
+def run_ours(config: ppo.Config, seen, folder: Path, *, state_after_eos: bool = False) -> tuple[Any, dict[str, list]]:
+    """The same rollout and the same minibatches: parameters, and each metric per update.
+
+    With `state_after_eos` it is TRL's rollout: a completion that ends before its last place has one state more, after
+    its EOS, with no KL, the score as its reward and its own value. The critic learns from that state, the policy does
+    not. Here the state is one more token, with an advantage of 0.
+    """
+    early = (seen.responses[np.arange(COUNT), seen.lengths - 1] == EOS) & (seen.lengths < STEPS) & state_after_eos
+    states = seen.lengths + early
+    own, after = (np.arange(STEPS) < each[:, None] for each in (seen.lengths, states))
+    after &= ~own
     policy, reference = models.load(folder / "policy"), models.load(folder / "reference")
     both, variables = ppo.add_critic(config, *policy, jax.random.key(0), start=models.load(folder / "value"))
     optimizer = optax.adam(LEARNING_RATE, eps=EPSILON)
     state, frozen = ppo.init(config, both, variables, optimizer, jax.random.key(0))
     lengths = np.array([len(prompt) for prompt in seen.prompts], np.int32)
-    mask = np.arange(STEPS) < seen.lengths[:, None]
     experience = Experience(
         prompts=np.stack([np.pad(prompt, (0, WIDTH - len(prompt))) for prompt in seen.prompts]).astype(np.int32),
         prompt_lengths=lengths,
         examples=np.arange(COUNT),
-        tokens=(seen.responses * mask).astype(np.int32),
-        lengths=seen.lengths.astype(np.int32),
+        tokens=(seen.responses * (own | after)).astype(np.int32),
+        lengths=states.astype(np.int32),
         finish=(seen.responses[np.arange(COUNT), seen.lengths - 1] == EOS).astype(np.int32),
         scores=seen.scores[:, None].astype(np.float64),
         fields={},
@@ -197,7 +206,10 @@ def run_ours(config: ppo.Config, seen, folder: Path) -> tuple[Any, dict[str, lis
     }
     layout, mesh = Layout(COUNT, 4, 64), make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     experience = run_passes(experience, passes, state.params, layout, mesh)
+    for name in ("sampler_logps", "ref_logps"):
+        experience.fields[name][after] = 0
     experience, rollout, _ = ppo.estimate(config, experience, ppo.start_carry(config))
+    advantages = np.where(own, whiten(experience.fields["advantages"], own), 0) if state_after_eos else None
     step = jax.jit(ppo.make_step(config, both, optimizer))
     size = COUNT // config.num_mini_batches
     found: dict[str, list[Any]] = {}
@@ -205,6 +217,10 @@ def run_ours(config: ppo.Config, seen, folder: Path) -> tuple[Any, dict[str, lis
     for order in seen.orders:
         for start in range(0, COUNT, size):
             members = order[start : start + size]
+            if advantages is not None:
+                # The policy's loss is a mean over its own tokens, the critic's over all states; ours has one count.
+                share = states[members].sum() / seen.lengths[members].sum()
+                experience = replace(experience, fields={**experience.fields, "advantages": advantages * share})
             batch = pack_prompts(experience, members, Layout(size, 4, 64), fields=ppo.fields(config))
             numbers = ppo.batch_fields(config, experience, len(batch.present), update)
             batch = replace(batch, fields={**batch.fields, **numbers})
@@ -259,8 +275,24 @@ def test_completions_of_full_length(trainers, monkeypatch, tmp_path, whiten_rewa
     assert metrics["val/num_eos_tokens"] == [seen.logged["val/num_eos_tokens"]]
 
 
-def test_completions_that_end(trainers, monkeypatch, tmp_path):
-    """Ragged completions; with γ = λ = 1 TRL's extra state after an EOS drops out of the advantages.
+@pytest.mark.parametrize("whiten_rewards", [False, True], ids=["plain", "whitened rewards"])
+def test_completions_that_end(trainers, monkeypatch, tmp_path, whiten_rewards):
+    """Every setting in use on ragged completions, with TRL's state after an EOS: see `run_ours`."""
+    settings = {**COMMON, "missing_eos_penalty": 0.5, "gamma": 0.99, "vf_coef": 0.3, "whiten_rewards": whiten_rewards}
+    seen = run_trl(trainers, monkeypatch, tmp_path, True, {**settings, "lam": 0.95, "cliprange_value": 0.3})
+    config = ppo.Config(**settings, gae_lambda=0.95, epsilon_value=0.3, max_completion_length=STEPS)
+    params, metrics = run_ours(config, seen, tmp_path, state_after_eos=True)
+    compare(tmp_path, "policy", params)
+    compare(tmp_path, "value", params)
+    assert np.ptp(seen.lengths) > 8
+    # TRL's other metrics of updates are means over places that no completion has.
+    for name in [*OBJECTIVE, "loss/policy_avg", "loss/value_avg", "val/clipfrac_avg"]:
+        assert np.mean(metrics[name]) == pytest.approx(seen.logged[name], rel=1e-3, abs=1e-4), name
+    assert seen.logged["val/clipfrac_avg"] > 0.02
+
+
+def test_completions_that_end_with_their_last_token(trainers, monkeypatch, tmp_path):
+    """As here: with γ = λ = 1 TRL's state after an EOS drops out of the advantages.
 
     It does not drop out of the value loss, so the value loss is off, and the policy alone is compared.
     """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxalign.rewards import REWARD_FUNCTIONS, call_rewards, load_reward
+from jaxalign.rewards import REWARD_FUNCTIONS, call_rewards, load_reward, reward_file
 from jaxalign.rewards.contract import option_names
 
 SOURCE = """
@@ -31,7 +31,8 @@ number = 3
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "scores.py").write_text(SOURCE)
     (tmp_path / "broken.py").write_text("import no_such_library\n")
@@ -42,13 +43,26 @@ def scores(reward, completions, **columns):
     return call_rewards([reward], completions, completions, columns)[:, 0].tolist()
 
 
-def test_a_file_beside_the_config(folder):
-    reward = load_reward("mine/scores.py:close", {"tolerance": 2}, folder=folder)
+def test_a_file_from_the_current_folder(folder):
+    reward = load_reward("mine/scores.py:close", {"tolerance": 2})
     assert reward.name == reward.__name__ == "close" and reward.required() == ("answer",)
     assert scores(reward, ["1", "5"], answer=[3, 8]) == [1, 0]
-    assert scores(load_reward("mine/scores.py:close", folder=folder), ["1", "5"], answer=[1.5, 6]) == [1, 0]
-    assert scores(load_reward("mine/scores.py:loud", {"weight": 3}, folder=folder), ["A", "b"]) == [3, 0]
-    assert scores(load_reward("mine/scores.py:bound", folder=folder), ["x", "y"]) == [1, 0]
+    assert scores(load_reward("mine/scores.py:close"), ["1", "5"], answer=[1.5, 6]) == [1, 0]
+    assert scores(load_reward("mine/scores.py:loud", {"weight": 3}), ["A", "b"]) == [3, 0]
+    assert scores(load_reward("mine/scores.py:bound"), ["x", "y"]) == [1, 0]
+
+
+def test_a_file_that_is_edited_is_read_again(folder):
+    source = folder / "own.py"
+    source.write_text("def score(completions, **columns):\n    return [1.0 for _ in completions]\n")
+    first = load_reward("own.py:score")
+    source.write_text(source.read_text().replace("1.0", "2.0"))
+    assert scores(first, ["x"]) == [1] and scores(load_reward("own.py:score"), ["x"]) == [2]
+
+
+def test_which_rewards_are_named_by_their_file():
+    assert reward_file("mine/scores.py:close") == Path("mine/scores.py")
+    assert reward_file("gsm8k") is reward_file("a.scores:close") is reward_file("a.scores.close") is None
 
 
 @pytest.mark.parametrize("name", ["my_scores_package.scores:close", "my_scores_package.scores.close"])
@@ -95,7 +109,7 @@ def test_a_built_in_by_its_name():
 )
 def test_mistakes(folder, name, options, message):
     with pytest.raises(ValueError, match=message):
-        load_reward(name, options, folder=folder)
+        load_reward(name, options)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Online runs: end to end, killed in the middle of a rollout buffer, and what a user gets wrong."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -16,14 +17,16 @@ from typer.testing import CliRunner
 
 from jaxalign import cli as command_line
 from jaxalign import models
-from jaxalign.config import config_text, difference, parse_config, read_config_text
+from jaxalign.config import config_text, difference, load_config, parse_config, read_config_text
 from jaxalign.methods.online import OnlineSource
 from jaxalign.rewards import RewardError
-from jaxalign.run import evaluate_stage, pick_stage, rollout_scores, run
+from jaxalign.run import evaluate_stage, pick_stage, prepare, rollout_scores, run
 from jaxalign.run import online as online_module
 from jaxalign.run import stage as stage_module
 from jaxalign.run import start as start_module
-from jaxalign.run.online import make_passes
+from jaxalign.run.drawing import sampling_config
+from jaxalign.run.online import draw_with, make_passes, prompt_width
+from jaxalign.sampling.generate import STOP
 from tests.run.conftest import TEXT, finish
 from tests.run.test_resume import lines, logged, saving, wait_until, weights
 
@@ -316,6 +319,68 @@ def test_killed_in_the_middle_of_a_rollout_buffer(method, times, online, texts, 
     assert weights(folder) == weights(runs / "whole")
 
 
+def test_stops_inside_the_loop_draw_the_same_rollout_in_fewer_steps(online):
+    """What `rollout.stop` cuts afterwards ends at once where every token with such a letter is a stop sequence."""
+    decode = models.load_tokenizer(online["model"]["path"]).decode
+    sequences = [[token] for token in range(320) if set(decode([token])) & {"e", "a"}]
+    steps, tokens = [], []
+    for each in ([], sequences):
+        ready = prepare(pick_stage(parse_config(change(online, "rollout.stop_sequences", each)), None))
+        draw = draw_with(ready, sampling_config(ready), prompt_width(ready))
+        prompts = [np.asarray(ready.data.train[i]["prompt_ids"]) for i in range(8)]
+        samples = draw(models.load(online["model"]["path"])[1], prompts, jax.random.key(0, impl="threefry2x32"))
+        steps.append(int(samples.counters["decode_steps"]))
+        tokens.append([row[:n].tolist() for row, n in zip(samples.tokens, samples.lengths, strict=True)])
+        assert (samples.finish == STOP).sum() > 4
+        assert samples.counters["refills"] == 8 * 3 - 8
+    assert tokens[0] == tokens[1]
+    assert steps[1] < steps[0]
+
+
+def test_stop_tokens_are_ends_of_the_sampler(online):
+    online["rollout"] |= {"stop_token_ids": [7, 2], "stop_sequences": ["the cat", [5, 6]]}
+    config = parse_config(online)
+    ready = prepare(pick_stage(parse_config(read_config_text(config_text(config.resolved))), None))
+    found, text = sampling_config(ready), tuple(ready.data.tokenizer("the cat")["input_ids"])
+    assert found.eos_ids == (2, 7) and found.stop_sequences == (text, (5, 6)) and len(text) > 1
+
+
+def test_a_reward_is_found_from_where_the_run_is_started(online, functions, tmp_path, write_config, monkeypatch):
+    """As all paths of a config are, wherever the config lies."""
+    (tmp_path / "mine").mkdir()
+    shutil.copyfile(functions, tmp_path / "mine" / "own.py")
+    online["rollout"]["rewards"] = [{"name": "mine/own.py:tenths"}]
+    (tmp_path / "configs").mkdir()
+    path = write_config(online).rename(tmp_path / "configs" / "own.yaml")
+    monkeypatch.chdir(tmp_path)
+    prepare(pick_stage(load_config(path), None))
+    monkeypatch.chdir(path.parent)
+    with pytest.raises(ValueError, match=r"rollout\.rewards\[0\]: .*there is no file .*/configs/mine/own\.py"):
+        prepare(pick_stage(load_config(path), None))
+
+
+def test_a_reward_whose_file_was_edited_is_another_run(online, functions, tmp_path, monkeypatch):
+    """The file of a reward that is named by its file; a module is found by its name, as a package's version is."""
+    own, package = tmp_path / "own.py", tmp_path / "module_of_rewards.py"
+    for path in (own, package):
+        shutil.copyfile(functions, path)
+    monkeypatch.syspath_prepend(tmp_path)
+    online["rollout"]["rewards"] = [{"name": f"{own}:tenths"}, {"name": "module_of_rewards:some"}]
+    online["method"] |= {"beta": 0.0, "steps_per_generation": 1, "num_iterations": 1}
+    online["train"] |= {"max_steps": 1, "eval_steps": 9}
+    online["log"] = {}
+    result = start(online)
+    kept = json.loads((result.folder / "manifest.json").read_text())["stages"]["run"]["rewards"]
+    assert kept == {str(own): hashlib.sha256(own.read_bytes()).hexdigest()}
+    shutil.rmtree(result.stages[0].folder / "export")  # as if stopped before the export
+    package.write_text(REWARDS + "# edited\n")
+    assert start(online).stages[0].reason == "completed"
+    shutil.rmtree(result.stages[0].folder / "export")
+    own.write_text(REWARDS.replace("% 11", "% 7"))
+    with pytest.raises(ValueError, match=r"(?s)begun with other inputs; bring them back or give --fresh:.*own\.py"):
+        start(online)
+
+
 def change(settings: dict, key: str, value: Any) -> dict:
     *parents, last = key.split(".")
     inner = settings
@@ -345,6 +410,9 @@ def copied(prompts: Path, folder: Path, row: dict | None) -> str:
         ("rollout.rewards", [{"nam": "gsm8k"}], r"rollout\.rewards\[0\]\.nam: unknown key; did you mean 'name'"),
         ("rollout.top_p", 0.0, r"top_p=0\.0 must be above 0"),
         ("rollout.stop", [""], r"stop.* empty"),
+        ("rollout.stop_token_ids", [-1], r"rollout\.stop_token_ids: -1 is no token id of the model"),
+        ("rollout.stop_sequences", ["e", [5, 320]], r"rollout\.stop_sequences: 320 is no token id of the model"),
+        ("rollout.stop_sequences", [[]], r"rollout\.stop_sequences: a sequence has no tokens"),
         ("method.reward_weights", [1.0, 2.0], r"method\.reward_weights has 2 numbers for 2 rewards.*`weight` beside"),
         (
             "method.max_completion_length",

@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from jaxalign import cli, data, models
+from jaxalign import cli, data, models, sampling
 from jaxalign.config import parse_config
 from jaxalign.rewards import RewardError
 from jaxalign.rewards.model import make_scorer
@@ -116,6 +117,61 @@ def test_a_stop_string_cuts_tokens_and_log_probs_too(tiny, files, drawn):
             assert stop in decode(row["completion_ids"], skip_special_tokens=True)
             assert stop not in decode(row["completion_ids"][:-1], skip_special_tokens=True)
     assert stopped
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[dict[str, int]]:
+    """The counters of each draw."""
+    found, draw = [], sampling.sample_prompts
+
+    def kept(*args, **kwargs):
+        samples = draw(*args, **kwargs)
+        found.append({name: int(count) for name, count in samples.counters.items()})
+        return samples
+
+    monkeypatch.setattr(sampling, "sample_prompts", kept)
+    return found
+
+
+def test_a_stop_sequence_ends_completions_inside_the_loop(tiny, drawn, counted):
+    """The text is what the stop string alone makes of it; fewer tokens are drawn for it."""
+    tokenizer = models.load_tokenizer(tiny)
+    letters = Counter(i for row in drawn for i in row["completion_ids"][1:-3] if tokenizer.decode([i]).isalpha())
+    stops = tuple(tokenizer.decode([i]) for i, _ in letters.most_common(6))
+    assert all(len(tokenizer(stop, add_special_tokens=False)["input_ids"]) == 1 for stop in stops)
+    # A single prompt is completed on one device: on several the one that draws longest would hide what is saved.
+    request = Request(str(tiny), prompt="the cat", settings=replace(SETTINGS, num_generations=12), stop=stops)
+    for keep_stop in (False, True):
+        late = sample(replace(request, keep_stop=keep_stop))
+        early = sample(replace(request, keep_stop=keep_stop, stop_sequences=stops))
+        for row, other in zip(early, late, strict=True):
+            assert all(row[name] == other[name] for name in ("completion", "completion_ids", "finish"))
+            np.testing.assert_allclose(row["logps"], other["logps"], atol=1e-4)
+    assert sum(row["finish"] == "stop" for row in late) >= 3
+    without, _, _, within = counted
+    assert within["drawn"] < without["drawn"] and within["decode_steps"] < without["decode_steps"]
+    assert within["refills"] == without["refills"] == 12 - 4
+    # Without strings to look for afterwards, the end is cut off the text all the same.
+    for row, other in zip(sample(replace(request, stop=(), stop_sequences=stops)), early, strict=True):
+        ended = row["finish"] == "stop"
+        ids = row["completion_ids"][:-1] if ended else row["completion_ids"]
+        assert row["completion"][0]["content"] == tokenizer.decode(ids, skip_special_tokens=True)
+        assert len(row["completion_ids"]) >= len(other["completion_ids"])
+
+
+def test_a_stop_token_ends_completions_as_eos_does(tiny, files, drawn, counted):
+    tokenizer = models.load_tokenizer(tiny)
+    (stop, count), *_ = Counter(i for row in drawn for i in row["completion_ids"][:-1] if i != 2).most_common(1)
+    rows = sample(Request(str(tiny), prompts=files["messages"], settings=SETTINGS, stop_token_ids=(stop,)))
+    assert count and any(row["completion_ids"][-1] == stop for row in rows)
+    for row, whole in zip(rows, drawn, strict=True):
+        ids = whole["completion_ids"]
+        ids = ids[: ids.index(stop) + 1] if stop in ids else ids
+        assert row["completion_ids"] == ids
+        assert row["finish"] == ("eos" if ids[-1] in (2, stop) else "length")
+        text = tokenizer.decode(ids[:-1] if ids[-1] == stop else ids, skip_special_tokens=True)
+        assert row["completion"][0]["content"] == text
+    assert counted[0]["drawn"] == sum(len(row["completion_ids"]) for row in rows)
 
 
 def test_functions_and_models_score_together(tiny, files, judge_folder, tmp_path):
@@ -264,6 +320,8 @@ LONG = "seven small birds " * 90
         ({"scores": ("TINY",)}, "a language model; a reward model has a score head"),
         ({"scores": ("OTHER",)}, "the reward model has another tokenizer than the policy: eos_token is"),
         ({"scores": ("json_valid",), "weights": (1.0, 2.0)}, "--score-weight: 2 given for 1 --score"),
+        ({"stop_token_ids": (320,)}, "--stop-token-id: 320 is no token id of the model, which has 0 to 319"),
+        ({"stop_sequences": ("",)}, "--stop-sequence: a sequence has no tokens"),
         ({"scores": ("json_valid",), "on_error": "zero"}, "--on-score-error zero is unknown; known: raise, none"),
         ({"model": "JUDGE"}, "a reward model, which has no LM head to draw with"),
         ({"output": Path("nowhere/at/all.jsonl")}, "nowhere/at/all.jsonl: there is no folder"),

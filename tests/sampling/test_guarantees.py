@@ -122,9 +122,17 @@ def test_sampler_and_trainer_agree_under_an_adapter(small, pad, kind):
     assert off.mean() > 0.1
 
 
-def test_sampler_and_trainer_agree_on_smollm2(smollm2, pad):
-    model, variables = load(smollm2)
-    tokenizer = load_tokenizer(smollm2)
+@pytest.fixture(scope="module")
+def smollm2_loaded(smollm2):
+    return *load(smollm2), load_tokenizer(smollm2)
+
+
+@pytest.mark.parametrize(
+    "temperature", [0.7, pytest.param(1.0, marks=pytest.mark.slow), pytest.param(1.3, marks=pytest.mark.slow)]
+)
+def test_sampler_and_trainer_agree_on_smollm2(smollm2_loaded, pad, temperature):
+    """Ragged prompts, several completions of each that end at different lengths, and fewer slots than completions."""
+    model, variables, tokenizer = smollm2_loaded
     texts = [
         "The",
         "Water boils at",
@@ -134,12 +142,29 @@ def test_sampler_and_trainer_agree_on_smollm2(smollm2, pad):
     ]
     texts += ["1, 2, 3, 4,", "Dear Sir or Madam, I am writing to you because", "In the beginning"]
     prompts = [np.array(tokenizer(text)["input_ids"], np.int32) for text in texts]
-    config = Config(temperature=0.7, top_p=0.9, top_k=20, max_new_tokens=16, eos_ids=model.config.eos_ids)
+    # Frequent tokens end a completion, too, so that slots become free one by one.
+    frequent = [tokenizer(text)["input_ids"][0] for text in (".", ",", " and", " the", "\n")]
+    config = Config(
+        temperature=temperature,
+        top_p=0.9,
+        top_k=20,
+        max_new_tokens=16,
+        eos_ids=(*model.config.eos_ids, *frequent),
+        num_generations=GENERATIONS,
+        slots=8,
+    )
     samples = draw(model, variables, config, pad(prompts, 16))
-    apart, per_row = differences(model, variables, plain(prompts, completions(samples)), 1, samples, 0.7)
-    assert per_row.max() > 2
-    assert apart.max() <= 1e-4 / 0.7
-    assert apart.mean() <= 1e-5 / 0.7
+    assert samples.counters["refills"] == (GENERATIONS - 1) * len(prompts)
+    assert len(set(samples.lengths.tolist())) > 5
+    repeated = [prompt for prompt in prompts for _ in range(GENERATIONS)]
+    for documents, per_document in (
+        (plain(repeated, completions(samples)), 1),
+        (shared(prompts, completions(samples)), GENERATIONS),
+    ):
+        apart, per_row = differences(model, variables, documents, per_document, samples, temperature)
+        assert per_row.max() > 2
+        assert apart.max() <= 1e-4 / temperature
+        assert apart.mean() <= 1e-5 / temperature
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jaxalign.sampling import truncate_at, truncate_samples
+from jaxalign.sampling import Config, truncate_at, truncate_samples, without_end
 from jaxalign.sampling.generate import EOS, LENGTH, STOP
 from jaxalign.types import Samples
 
@@ -32,6 +32,21 @@ def test_the_stop_string_may_stay():
     assert truncate_at("one two three", ["three", " two"], keep=True) == "one two"
     assert truncate_at("one two three", ["two three", "two"], keep=True) == "one two"
     assert truncate_at("one two three", ["four"], keep=True) == "one two three"
+
+
+def test_what_ended_a_completion_leaves_it():
+    config = Config(eos_ids=(9, 8), stop_sequences=((4, 5), (3, 4, 5), (1,)))
+    for ids, left in (
+        ([2, 9], [2]),
+        ([2, 4, 5], [2]),
+        ([3, 4, 5], []),  # the longest
+        ([1, 1], [1]),
+        ([5], [5]),  # shorter than the sequence that it ends
+        ([4, 5, 2], [4, 5, 2]),
+        ([], []),
+    ):
+        assert without_end(ids, config) == left
+    assert without_end([2, 9], Config()) == [2, 9]
 
 
 def test_tokens_and_log_probs_are_cut_after_the_token_that_completes_a_stop():

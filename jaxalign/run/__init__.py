@@ -29,6 +29,7 @@ from jaxalign.run.prepare import Prepared, check_data, prepare, resolve_dtype
 from jaxalign.run.stage import MakeProgress, StageResult, finished, run_stage
 from jaxalign.run.stream import write_removed
 from jaxalign.training.loop import Show
+from jaxalign.training.metrics import check_login
 
 __all__ = [
     "Prepared",
@@ -92,6 +93,8 @@ def run(
             from_first(lambda: create_folder(here, folder))
         if mirror is None:
             check_shared(folder)
+        # Before anything is loaded; the first process alone writes to trackers.
+        from_first(lambda: check_login({name for stage in config.stages for name in stage.log.report_to}))
         with locked(folder) if is_first() else nullcontext():
             say(f"run: {mirror.url if mirror else folder} ({'continued' if resumed else 'new'})")
             say(f"backend: {describe_backend()}")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,7 @@ from jaxalign.run.bucket import Mirror
 from jaxalign.run.critic import export_critic
 from jaxalign.run.hardware import peak_flops
 from jaxalign.run.inputs import Say
-from jaxalign.run.online import (
-    language_model,
-)
+from jaxalign.run.online import language_model
 from jaxalign.run.prepare import Prepared, best_metric, steps_per_epoch
 from jaxalign.run.programs import make_training
 from jaxalign.run.scores import finish_scores
@@ -31,7 +30,7 @@ from jaxalign.run.start import offline_start, online_start
 from jaxalign.run.stream import REMOVED, write_removed
 from jaxalign.training import loop
 from jaxalign.training.checkpoint import Checkpoints
-from jaxalign.training.metrics import Interval, JsonLines, open_writers
+from jaxalign.training.metrics import Interval, JsonLines, Writer, open_writers
 from jaxalign.types import Variables
 
 Progress = Callable[[int, Mapping[str, float]], None]
@@ -140,6 +139,11 @@ def finished(stage: Stage, folder: Path) -> StageResult | None:
     return StageResult(stage.name, folder, export, "done before", last_metrics(folder))
 
 
+def run_folder(stage: Stage, folder: Path) -> Path:
+    """The folder of the run that a stage's folder belongs to."""
+    return folder.parent if stage.name else folder
+
+
 def last_metrics(folder: Path) -> dict[str, float]:
     """The latest value of every metric in a stage's metrics.jsonl."""
     path, latest = folder / "metrics.jsonl", {}
@@ -184,11 +188,14 @@ def _train(
     resume_step = restored.step if restored else None
     with ExitStack() as stack:
         title = stage.name or stage.method_name
-        writers = open_writers(folder, stage.log.report_to, resume_step=resume_step, name=title, config=asdict(stage))
+        name = f"{run_folder(stage, folder).name}/{title}"
+        writers = open_writers(folder, stage.log.report_to, resume_step=resume_step, name=name, config=asdict(stage))
         wanted = stage.log.sample_steps is not None
         samples = JsonLines(folder / "samples.jsonl", resume_step) if wanted and is_first() else None
-        for opened in (pieces.source, *writers, *([samples] if samples else [])):
+        for opened in (pieces.source, *([samples] if samples else [])):
             stack.callback(opened.close)
+        for writer in writers:
+            stack.push(partial(_close, writer))
         if pieces.evaluate and stage.train.eval_on_start and restored is None:
             found = Interval().add(pieces.evaluate(state)).values()
             for writer in writers:
@@ -210,6 +217,10 @@ def _train(
             progress=stack.enter_context(progress),
         )
         return result, frozen, begin.model
+
+
+def _close(writer: Writer, kind: type[BaseException] | None, *_: object) -> None:
+    writer.close(failed=kind is not None)
 
 
 def _loop_config(ready: Prepared) -> loop.Config:

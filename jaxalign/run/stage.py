@@ -20,6 +20,7 @@ from jaxalign.models.config import forward_flops, mean_attended
 from jaxalign.run.adapting import describe_training
 from jaxalign.run.bucket import Mirror
 from jaxalign.run.critic import export_critic
+from jaxalign.run.folder import run_folder
 from jaxalign.run.hardware import peak_flops
 from jaxalign.run.inputs import Say
 from jaxalign.run.online import language_model
@@ -109,14 +110,17 @@ def run_stage(
         say(f"{title}: the adapter alone is in {adapter}")
     if stage.export.critic:
         say(f"{title}: the critic is in {export_critic(ready, folder, trained, result.state.params, frozen)}")
+    origin = models.origin_of(stage.model.path)
     models.save(
         export,
         replace(model, config=replace(model.config, eos_ids=ends)),
         variables,
         ready.data.tokenizer,
         dtype=stage.export.dtype or stage.model.param_dtype,
-        base_model=stage.model.path,
+        name=run_folder(stage, folder).name,
+        base_model=origin.base_model,
         method=stage.method_name,
+        licence=origin.licence,
     )
     if stage.export.critic and mirror is not None:
         mirror.push()
@@ -137,11 +141,6 @@ def finished(stage: Stage, folder: Path) -> StageResult | None:
     if not (export / "config.json").is_file():
         return None
     return StageResult(stage.name, folder, export, "done before", last_metrics(folder))
-
-
-def run_folder(stage: Stage, folder: Path) -> Path:
-    """The folder of the run that a stage's folder belongs to."""
-    return folder.parent if stage.name else folder
 
 
 def last_metrics(folder: Path) -> dict[str, float]:

@@ -76,7 +76,7 @@ def test_from_a_policy_to_a_folder_of_a_classifier(reward_settings, pairs):
     config = json.loads((rm / "export" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"] and model.config.score_bias
     assert config["pad_token_id"] == 0 and config["eos_token_id"] == 2
-    assert "A reward model. Trained from" in (rm / "export" / "README.md").read_text()
+    assert "A reward model. Trained with reward" in (rm / "export" / "README.md").read_text()
     tokenizer = models.load_tokenizer(rm / "export")
     assert tokenizer.pad_token == "<|endoftext|>" and tokenizer.chat_template
     # Normalised over the training data alone; these are all of them, a fifth more.

@@ -50,7 +50,7 @@ format: $(VENV)/.installed ## format the code and apply the safe fixes
 parity: $(PARITY_VENV)/.installed $(MODEL) ## compare live with torch, transformers and TRL
 	$(PARITY_VENV)/bin/python -m pytest -m parity -n $(WORKERS) $(DIST) $(PYTEST_ARGS)
 
-bench-envs: .venv-trl/.installed .venv-tunix/.installed ## the other trainers' environments, for benchmarks/run.py
+bench-envs: $(VENV)/.installed $(MODEL) .venv-trl/.installed .venv-tunix/.installed ## what benchmarks/run.py needs: every trainer's environment, the model
 
 clean: ## remove environments and caches; models/ and runs/ stay
 	rm -rf $(VENV) $(PARITY_VENV) .venv-trl .venv-tunix .cache .pytest_cache .ruff_cache .hypothesis build dist

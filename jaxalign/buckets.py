@@ -15,10 +15,12 @@ from typing import Any
 
 import fsspec
 
+from jaxalign.extras import install
+
 # What a file's entry says of its content, of one file system or another: when it changes, the file did.
 STAMPS = ("etag", "ETag", "md5Hash", "crc32c", "generation", "mtime", "LastModified", "created")
 # Scheme -> what has to be installed for it.
-EXTRAS = {"gs": "jaxalign[gcs]", "gcs": "jaxalign[gcs]", "s3": "jaxalign[s3]"}
+EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}
 
 
 def is_url(path: object) -> bool:
@@ -46,7 +48,8 @@ def naming(url: str, what: str) -> Iterator[None]:
         raise FileNotFoundError(f"{url}: there is no such file or bucket") from error
     except ImportError as error:
         scheme = url.partition("://")[0]
-        raise OSError(f"{url}: {scheme}:// needs a package: pip install '{EXTRAS.get(scheme, error)}'") from error
+        how = install(EXTRAS[scheme]) if scheme in EXTRAS else error
+        raise OSError(f"{url}: {scheme}:// needs a package: {how}") from error
     except OSError as error:
         raise OSError(f"{_told(url, what)}{error}") from error
     except Exception as error:  # every file system has its own

@@ -232,8 +232,16 @@ def convert(
         raise ValueError(f"--dtype {dtype}: known are float32, bfloat16, float16")
     path = exported(source)
     loaded, variables = models.load(path)
+    origin = models.origin_of(path)
     models.save(
-        target, loaded, variables, models.load_tokenizer(path), dtype=dtype, base_model=source, overwrite=overwrite
+        target,
+        loaded,
+        variables,
+        models.load_tokenizer(path),
+        dtype=dtype,
+        base_model=origin.base_model,
+        licence=origin.licence,
+        overwrite=overwrite,
     )
     _say(f"{target}: {loaded.config.family}, {dtype}")
 

@@ -89,7 +89,7 @@ def test_a_scheme_whose_package_is_missing(monkeypatch):
     known = {"s3": {"class": "no_such_package.S3", "err": "Install s3fs to access S3"}}
     monkeypatch.setattr(registry, "known_implementations", known)
     monkeypatch.setattr(registry, "_registry", {})
-    with pytest.raises(OSError, match=r"s3:// needs a package: pip install 'jaxalign\[s3\]'"):
+    with pytest.raises(OSError, match=r"s3:// needs a package: pip install -e '\.\[s3\]'"):
         check_writable("s3://b/runs")
 
 

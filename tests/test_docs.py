@@ -31,7 +31,8 @@ from tests.layouts import ragged_pairs, ragged_steps, ragged_texts, ragged_thumb
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted(
     path.relative_to(ROOT).as_posix()
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("data/**/*.md")]
+    for pattern in ("*.md", "docs/**/*.md", "data/**/*.md", "benchmarks/*.md", "launch/*.md")
+    for path in ROOT.glob(pattern)
 )
 LOSSES = {*PREFERENCE_LOSSES, *UNPAIRED_LOSSES}  # named beside `loss`
 SHELL = ("bash", "sh", "console")

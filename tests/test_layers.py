@@ -13,7 +13,7 @@ PACKAGE = ROOT / "jaxalign"
 
 # Lowest first. A module imports from stages below its own and from its own package.
 ORDER = (
-    ("types",),
+    ("types", "extras"),
     ("placing",),
     ("packing",),
     ("losses", "sharding", "exchange", "buckets"),
@@ -33,7 +33,7 @@ ORDER = (
     ("__main__",),
 )
 STAGES = {name: stage for stage, names in enumerate(ORDER) for name in names}
-ONLY = {"training": {"types", "sharding", "exchange"}}
+ONLY = {"training": {"types", "extras", "sharding", "exchange"}}
 NEVER = {"methods": {"training.checkpoint", "training.metrics"}}
 DOORS = {
     "flax": ("models/",),

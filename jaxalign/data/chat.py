@@ -14,7 +14,7 @@ import functools
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import jinja2
@@ -175,6 +175,10 @@ def _check_options(tokenizer: PreTrainedTokenizerFast, example: Mapping[str, Any
             "the data are messages (role, content), but the tokenizer has no chat template: set "
             "data.chat_template_path to a Jinja file, or to the folder or Hub name of a tokenizer that has one"
         )
+    if config.max_prompt_length is not None and "prompt" not in example:
+        raise ValueError(
+            f"data.max_prompt_length={config.max_prompt_length}: these data have no column `prompt`; leave it away"
+        )
     if config.completion_only_loss and "prompt" not in example:
         raise ValueError("completion_only_loss=true needs the columns `prompt` and `completion`; leave it unset here")
     if config.assistant_only_loss and not conversational(example):
@@ -191,7 +195,7 @@ def _sft(tokenizer: PreTrainedTokenizerFast, item: _Rendered, ids: list[Tokens],
     else:
         prompt, tokens = 0, end_with_eos(tokenizer, plain, ids[0], name)
         whole = (len(tokens), 0) if config.truncation_mode == "keep_end" else (0, len(tokens))
-        fit = fit_limits(*whole, count_bos(tokenizer, tokens), replace(config, max_prompt_length=None))
+        fit = fit_limits(*whole, count_bos(tokenizer, tokens), config)
     mask = np.arange(len(tokens)) >= (1 if config.completion_only_loss is False else max(prompt, 1))
     if config.assistant_only_loss:
         render = functools.partial(_template, tokenizer, item.example)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from jaxalign.data.formats import Bad
+from jaxalign.extras import install
 
 RAW, LINE = "__json__", "__line__"
 # Columns of a CSV file, which knows only text, that are numbers or truth values to us.
@@ -28,7 +29,7 @@ def _open_zstd(path: str, mode: str) -> BinaryIO:
     try:
         zstandard = importlib.import_module("zstandard")
     except ImportError as error:
-        raise ValueError(f"{path}: .zst needs the package zstandard: pip install 'jaxalign[zstd]'") from error
+        raise ValueError(f"{path}: .zst needs the package zstandard: {install('zstd')}") from error
     return cast(BinaryIO, zstandard.open(path, mode))
 
 

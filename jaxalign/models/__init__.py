@@ -8,6 +8,7 @@ from jaxalign.models.freezing import freeze
 from jaxalign.models.heads import add_score_head, drop_score_head
 from jaxalign.models.identity import end_ids, fingerprint
 from jaxalign.models.lora import add_lora, merge_lora
+from jaxalign.models.origin import Origin, origin_of
 from jaxalign.models.peft import load_adapter, save_adapter
 from jaxalign.models.pretrained import load, load_config, load_tokenizer
 from jaxalign.models.transformer import Model, build
@@ -18,6 +19,7 @@ __all__ = [
     "LoraConfig",
     "Model",
     "ModelConfig",
+    "Origin",
     "Rope",
     "add_lora",
     "add_score_head",
@@ -33,6 +35,7 @@ __all__ = [
     "load_config",
     "load_tokenizer",
     "merge_lora",
+    "origin_of",
     "save",
     "save_adapter",
 ]

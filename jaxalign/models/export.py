@@ -47,8 +47,9 @@ tags:
 ```python
 from transformers import {auto}, AutoTokenizer
 
-model = {auto}.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+path = "."  # this folder, or its name on the Hub
+model = {auto}.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path)
 ```
 
 In JAX:
@@ -56,7 +57,7 @@ In JAX:
 ```python
 import jaxalign
 
-model, variables = jaxalign.models.load("{name}")
+model, variables = jaxalign.models.load(".")
 {use}```
 """
 SCORES = """
@@ -100,6 +101,7 @@ def save(
     tokenizer: Tokenizer | None,
     *,
     dtype: ExportDType = "float32",
+    name: str | None = None,
     base_model: str | None = None,
     method: str | None = None,
     licence: str | None = None,
@@ -122,7 +124,8 @@ def save(
         weights are written in full.
       tokenizer: written with it, or None.
       dtype: dtype of the tensors.
-      base_model: Hub name of the model that was trained further, for the card.
+      name: the card's title; the folder's name by default.
+      base_model: Hub name of the model that was trained further, for the card (see `origin_of`).
       method: what was done to it, for the card (`DPO`).
       licence: licence identifier, for the card; left out when None.
       card: the whole README.md, instead of the one made from these.
@@ -158,7 +161,8 @@ def save(
             if tokenizer is not None:
                 tokenizer.save_pretrained(place)
             scores = config if config.score_head else None
-            text = card or model_card(folder.name, base_model=base_model, method=method, licence=licence, scores=scores)
+            title = name or folder.name
+            text = card or model_card(title, base_model=base_model, method=method, licence=licence, scores=scores)
             (place / "README.md").write_text(text, encoding="utf-8")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export")

@@ -36,7 +36,7 @@ logger = logging.getLogger("jaxalign")
 
 CONFIG_FILES = ["*.json"]
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
-ALL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
+ALL_FILES = [*TOKENIZER_FILES, "*.safetensors", "README.md"]
 # Tensors that some checkpoints carry and no model needs: tables that are computed, and causal masks.
 IGNORED = re.compile(r"(rotary_emb\.inv_freq|\.(attn|attention)\.(bias|masked_bias))$")
 

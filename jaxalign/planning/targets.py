@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from jaxalign.extras import install
 from jaxalign.run.hardware import peak_of
 
 GIB = 2**30
@@ -60,7 +61,7 @@ def find_devices(topology: str | None) -> list[Any]:
     if not re.fullmatch(r"\w+:\d+(x\d+)*", topology):
         raise ValueError(f"--topology {topology}: written as version and shape, for example {KNOWN}")
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(f"--topology {topology}: compiling for TPUs takes libtpu: pip install 'jaxalign[tpu]'")
+        raise ValueError(f"--topology {topology}: compiling for TPUs takes libtpu: {install('tpu')}")
     # libtpu would ask Google's metadata server about the machine, and wait for it.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     if jax.config.values["jax_platforms"] is None:

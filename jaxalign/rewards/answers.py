@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any
 
+from jaxalign.extras import install
 from jaxalign.rewards.contract import Reward, Scores, text_of
 from jaxalign.rewards.workers import TaskKilled, Workers
 
@@ -181,7 +182,7 @@ def last_boxed(text: str) -> str | None:
 def need(module: str, reward: str) -> None:
     """Raises ValueError, naming the extra, when an optional package is not installed."""
     if importlib.util.find_spec(module) is None:
-        raise ValueError(f"the reward {reward!r} needs {module.replace('_', '-')}: pip install 'jaxalign[rlvr]'")
+        raise ValueError(f"the reward {reward!r} needs {module.replace('_', '-')}: {install('rlvr')}")
 
 
 def _first_number(text: str) -> Decimal | None:

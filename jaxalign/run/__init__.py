@@ -30,6 +30,7 @@ from jaxalign.run.scoring import reward_hashes
 from jaxalign.run.stage import MakeProgress, StageResult, finished, run_stage
 from jaxalign.run.stream import write_removed
 from jaxalign.training.loop import Show
+from jaxalign.training.metrics import check_login
 
 __all__ = [
     "Prepared",
@@ -93,6 +94,8 @@ def run(
             from_first(lambda: write_config(here, folder))
         if mirror is None:
             check_shared(folder)
+        # Before anything is loaded; the first process alone writes to trackers.
+        from_first(lambda: check_login({name for stage in config.stages for name in stage.log.report_to}))
         with locked(folder) if is_first() else nullcontext():
             if resumed:
                 from_first(lambda: write_config(here, folder))

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import jax
 
+from jaxalign.extras import install
+
 # Google's PCI devices that are TPU chips; the same vendor makes network cards.
 GOOGLE, NVIDIA, AMD = "0x1ae0", "0x10de", "0x1002"
 TPUS = {
@@ -115,15 +117,15 @@ def describe(platform: str, kind: str, devices: int, processes: int, forced: str
 def _why_cpu(machine: Machine) -> str:
     if machine.tpu:
         if "tpu" not in machine.plugins:
-            return f"there is {_accelerator(machine)}, but not libtpu: pip install 'jaxalign[tpu]'"
+            return f"there is {_accelerator(machine)}, but not libtpu: {install('tpu')}"
         return (
             f"there is {_accelerator(machine)} and libtpu, but jax did not get it: another process holds it (one at a "
-            "time; `sudo lsof /dev/accel* /dev/vfio/*` shows it), or libtpu is too old: pip install -U 'jaxalign[tpu]'"
+            "time; `sudo lsof /dev/accel* /dev/vfio/*` shows it), or libtpu is too old: " + install("tpu", upgrade=True)
         )
     if machine.nvidia:
         cudas = [each for each in OLDEST_DRIVERS if each in machine.plugins]
         if not cudas:
-            return f"there is {_accelerator(machine)}, but not jax's CUDA plugin: pip install 'jaxalign[cuda]'"
+            return f"there is {_accelerator(machine)}, but not jax's CUDA plugin: {install('cuda')}"
         if machine.driver is None:
             return (
                 f"there is {_accelerator(machine)} and jax's CUDA plugin, but nvidia-smi does not answer: install or "
@@ -134,7 +136,7 @@ def _why_cpu(machine: Machine) -> str:
         return (
             f"there is {_accelerator(machine)} and jax's CUDA plugin, but it did not start: see the warnings above; "
             "CUDA_VISIBLE_DEVICES may hide the GPU, LD_LIBRARY_PATH may bring another CUDA, and plugin and jax must "
-            "have one version: pip install -U 'jaxalign[cuda]'"
+            "have one version: " + install("cuda", upgrade=True)
         )
     if machine.amd:
         return "there is a GPU of AMD: see jax's installation guide for ROCm; jaxalign has no extra for it"
@@ -176,7 +178,7 @@ def _too_old(driver: str, cuda: str) -> str:
     name = f"CUDA {cuda.removeprefix('cuda')}"
     told = f"the NVIDIA driver {driver} is too old for {name}: install {OLDEST_DRIVERS[cuda]} or later"
     older = _major(driver) >= OLDEST_DRIVERS["cuda12"]
-    return f"{told}, or in place of jax's plugin for {name} that for CUDA 12: 'jaxalign[cuda]'" if older else told
+    return f"{told}, or in place of jax's plugin for {name} that for CUDA 12: {install('cuda')}" if older else told
 
 
 def _major(version: str) -> int:

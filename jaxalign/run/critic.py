@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxalign import models
 from jaxalign.models.heads import drop_lm_head
+from jaxalign.run.folder import run_folder
 from jaxalign.run.prepare import Prepared
 from jaxalign.types import PyTree
 
@@ -36,13 +37,16 @@ def export_critic(ready: Prepared, folder: Path, trained: Any, params: PyTree, f
     ends = models.end_ids(ready.model.config, ready.data.tokenizer)
     # transformers would read the score before EOS if that were the padding token.
     pad = None if model.config.pad_id in ends else model.config.pad_id
+    origin = models.origin_of(stage.model.critic or stage.model.path)
     return models.save(
         folder / FOLDER,
         model.rebuild(replace(model.config, eos_ids=ends, pad_id=pad)),
         variables,
         ready.data.tokenizer,
         dtype=stage.export.dtype or stage.model.param_dtype,
-        base_model=stage.model.critic or stage.model.path,
+        name=f"{run_folder(stage, folder).name} (critic)",
+        base_model=origin.base_model,
+        licence=origin.licence,
         method=f"{stage.method_name} (critic)",
         overwrite=True,
     )

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from jaxalign.config import RunConfig, config_text, difference, read_config_text
+from jaxalign.config import RunConfig, Stage, config_text, difference, read_config_text
 from jaxalign.exchange import from_first
 
 PACKAGES = (
@@ -232,3 +232,8 @@ def _naming(folder: Path) -> Iterator[None]:
         raise OSError(
             error.errno, f"cannot write the run's folder: {error.strerror}; choose another runs_dir", str(folder)
         ) from error
+
+
+def run_folder(stage: Stage, folder: Path) -> Path:
+    """The folder of the run that a stage's folder belongs to."""
+    return folder.parent if stage.name else folder

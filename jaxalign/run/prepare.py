@@ -32,15 +32,23 @@ from jaxalign.models.attention import Attention
 from jaxalign.models.config import DType
 from jaxalign.models.heads import score_config
 from jaxalign.run.adapting import adapted_config, check_adapting, extended_config, longer_context
+from jaxalign.run.checks import check_streaming
 from jaxalign.run.drawing import sampling_config
 from jaxalign.run.kernels import check_offloading, choose_attention
 from jaxalign.run.scoring import check_rewards, reward_names
 from jaxalign.run.supervised import load_supervised
+from jaxalign.sections import TrainSection
 from jaxalign.sharding import make_mesh, remesh
 from jaxalign.training.metrics import check_writers
 from jaxalign.training.optimizer import make_optimizer
 
 logger = logging.getLogger("jaxalign")
+
+# Settings of `train` that say nothing without evaluation data.
+OF_EVALUATION = (
+    *("eval_steps", "eval_on_start", "metric_for_best_model", "greater_is_better", "load_best_model_at_end"),
+    *("early_stopping_patience", "early_stopping_threshold"),
+)
 
 
 @dataclass(frozen=True)
@@ -136,26 +144,6 @@ def prepare(stage: Stage, *, devices: list | None = None, found: data.Data | Non
     return ready
 
 
-def check_streaming(stage: Stage, found: data.Data) -> None:
-    """Raises ValueError, naming the key, where a stage asks for what a stream cannot give."""
-    if found.stream is None:
-        return
-    method = METHODS[stage.method_name]
-    if is_online(method):
-        raise ValueError(f"data.streaming: {stage.method_name} draws from a list of prompts; set it to false")
-    if getattr(stage.method, "precompute_ref_log_probs", False):
-        raise ValueError(
-            "method.precompute_ref_log_probs does not go with data.streaming: it is a pass over all data; set it to "
-            "false, and the reference runs on every batch"
-        )
-    if trains_scores(method) and stage.method.normalize:
-        raise ValueError("method.normalize does not go with data.streaming: it is a pass over training data")
-    if stage.train.max_steps < 1:
-        raise ValueError("train.max_steps is needed with data.streaming: nobody knows how long an epoch is")
-    if found.eval is not None and stage.train.eval_steps is None:
-        raise ValueError("train.eval_steps is needed with data.streaming: nobody knows where an epoch ends")
-
-
 def steps_per_epoch(stage: Stage, examples: int) -> int:
     """Optimiser steps in one pass over the data."""
     method, batch_size = METHODS[stage.method_name], stage.train.batch_size
@@ -216,8 +204,7 @@ def _check_evaluation(ready: Prepared) -> None:
     if model.param_dtype == "bfloat16" and ready.stage.lora is None:
         logger.warning("model.param_dtype=bfloat16: small updates round to nothing; float32 is right for full training")
     if ready.data.eval is None:
-        asked = ["eval_steps", "eval_on_start", "load_best_model_at_end", "early_stopping_patience"]
-        given = [name for name in asked if getattr(train, name)]
+        given = [name for name in OF_EVALUATION if getattr(train, name) != getattr(TrainSection, name)]
         if given:
             raise ValueError(f"train.{given[0]} needs evaluation data: set data.eval_path, eval_split or eval_ratio")
         return

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,10 @@ from jaxalign.rewards import RewardError
 from jaxalign.run.adapting import describe_training
 from jaxalign.run.bucket import Mirror
 from jaxalign.run.critic import export_critic
+from jaxalign.run.folder import run_folder
 from jaxalign.run.hardware import peak_flops
 from jaxalign.run.inputs import Say
-from jaxalign.run.online import (
-    language_model,
-)
+from jaxalign.run.online import language_model
 from jaxalign.run.prepare import Prepared, best_metric, steps_per_epoch
 from jaxalign.run.programs import make_training
 from jaxalign.run.scores import finish_scores
@@ -33,7 +33,7 @@ from jaxalign.run.start import offline_start, online_start
 from jaxalign.run.stream import REMOVED, write_removed
 from jaxalign.training import loop
 from jaxalign.training.checkpoint import Checkpoints
-from jaxalign.training.metrics import Interval, JsonLines, open_writers
+from jaxalign.training.metrics import Interval, JsonLines, Writer, open_writers
 from jaxalign.types import Variables
 
 Progress = Callable[[int, Mapping[str, float]], None]
@@ -112,14 +112,17 @@ def run_stage(
         say(f"{title}: the adapter alone is in {adapter}")
     if stage.export.critic:
         say(f"{title}: the critic is in {export_critic(ready, folder, trained, result.state.params, frozen)}")
+    origin = models.origin_of(stage.model.path)
     models.save(
         export,
         replace(model, config=replace(model.config, eos_ids=ends)),
         variables,
         ready.data.tokenizer,
         dtype=stage.export.dtype or stage.model.param_dtype,
-        base_model=stage.model.path,
+        name=run_folder(stage, folder).name,
+        base_model=origin.base_model,
         method=stage.method_name,
+        licence=origin.licence,
     )
     if stage.export.critic and mirror is not None:
         mirror.push()
@@ -186,11 +189,14 @@ def _train(
     resume_step = loop.written_until(restored)
     with ExitStack() as stack:
         title = stage.name or stage.method_name
-        writers = open_writers(folder, stage.log.report_to, resume_step=resume_step, name=title, config=asdict(stage))
+        name = f"{run_folder(stage, folder).name}/{title}"
+        writers = open_writers(folder, stage.log.report_to, resume_step=resume_step, name=name, config=asdict(stage))
         wanted = stage.log.sample_steps is not None
         samples = JsonLines(folder / "samples.jsonl", resume_step) if wanted and is_first() else None
-        for opened in (pieces.source, *writers, *([samples] if samples else [])):
+        for opened in (pieces.source, *([samples] if samples else [])):
             stack.callback(opened.close)
+        for writer in writers:
+            stack.push(partial(_close, writer))
         if pieces.evaluate and stage.train.eval_on_start and restored is None:
             found = Interval().add(pieces.evaluate(state)).values()
             for writer in writers:
@@ -223,6 +229,10 @@ def _recoverable(ready: Prepared) -> tuple[type[Exception], ...]:
         return ()
     # The source undoes what it began whatever went wrong, but only these are raised on every process.
     return (Exception,) if jax.process_count() == 1 else (RewardError, NoSignalError)
+
+
+def _close(writer: Writer, kind: type[BaseException] | None, *_: object) -> None:
+    writer.close(failed=kind is not None)
 
 
 def _loop_config(ready: Prepared) -> loop.Config:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxalign.extras import install
 from jaxalign.types import Max, Mean, Metric, Min, Sum
 
 Number = float | int | np.number | np.ndarray | jax.Array
@@ -101,8 +102,8 @@ class Writer(Protocol):
         """Adds one record; None values are absent."""
         ...
 
-    def close(self) -> None:
-        """Writes out what is left."""
+    def close(self, *, failed: bool = False) -> None:
+        """Writes out what is left; `failed` where an error ended the run."""
         ...
 
 
@@ -138,8 +139,9 @@ class JsonLines:
         except OSError as error:
             raise OSError(error.errno, f"cannot write metrics: {error.strerror}", str(self.path)) from error
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Closes the file."""
+        del failed
         self._file.close()
 
 
@@ -189,15 +191,15 @@ class TensorBoard:
 
     Args:
       folder: where the event files go.
-      resume_step: TensorBoard hides what an earlier process wrote for later steps.
+      resume_step: TensorBoard hides what an earlier process wrote for later steps; None hides all that it wrote.
     """
 
     def __init__(self, folder: str | os.PathLike[str], resume_step: int | None = None):
         from tensorboardX import SummaryWriter
 
-        purge = None if resume_step is None else resume_step + 1
+        purge = 0 if resume_step is None else resume_step + 1
         # File names hold the second only: without a suffix a process started within it would overwrite the last one's.
-        suffix = f".{os.getpid()}.{purge or 0}"
+        suffix = f".{os.getpid()}.{purge}"
         self._writer = SummaryWriter(logdir=str(folder), purge_step=purge, filename_suffix=suffix)
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
@@ -206,8 +208,9 @@ class TensorBoard:
             self._writer.add_scalar(name, value, global_step=step)
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Closes the event file."""
+        del failed
         self._writer.close()
 
 
@@ -215,30 +218,45 @@ class WandB:
     """Scalars for Weights & Biases under the names that transformers' Trainer gives them.
 
     A resumed run continues under the id kept in `<folder>/wandb_id`. W&B ignores steps that it has already; since a
-    resumed run repeats them exactly, nothing is lost.
+    resumed run repeats them exactly, nothing is lost. The project is `WANDB_PROJECT`, or `jaxalign`; the login, the
+    entity and whether anything is sent (`WANDB_MODE`) are W&B's own settings.
 
     Args:
       folder: the run's folder.
       name: shown name of the run.
       config: the run's resolved configuration.
+
+    Raises:
+      ValueError: W&B cannot start: nobody is logged in, no such project, no connection.
     """
 
     def __init__(self, folder: str | os.PathLike[str], name: str | None = None, config: Mapping | None = None):
         wandb = importlib.import_module("wandb")
         identity = Path(folder) / "wandb_id"
+        identity.parent.mkdir(parents=True, exist_ok=True)
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex[:8])
-        self._run = wandb.init(
-            id=identity.read_text(), resume="allow", name=name, config=dict(config or {}), dir=str(folder)
-        )
+        project = os.environ.get("WANDB_PROJECT") or "jaxalign"
+        settings = {"project": project, "name": name, "config": dict(config or {}), "dir": str(folder)}
+        try:
+            self._run = wandb.init(id=identity.read_text(), resume="allow", **settings)
+        except wandb.Error as error:
+            raise _refused(error) from error
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
         """Adds the record's numbers."""
         self._run.log({**dashboard_names(record), "train/global_step": step}, step=step)
 
-    def close(self) -> None:
-        """Ends the W&B run."""
-        self._run.finish()
+    def close(self, *, failed: bool = False) -> None:
+        """Ends the W&B run, which W&B then shows as finished or as failed."""
+        self._run.finish(exit_code=int(failed))
+
+
+def _refused(error: Exception) -> ValueError:
+    return ValueError(
+        f"log.report_to names wandb, which does not start: {error} (log in with `wandb login` or WANDB_API_KEY, set "
+        "WANDB_MODE=offline to send nothing, or leave wandb away)"
+    )
 
 
 def dashboard_names(record: Mapping[str, Any]) -> dict[str, float]:
@@ -247,13 +265,25 @@ def dashboard_names(record: Mapping[str, Any]) -> dict[str, float]:
     return {f"eval/{k[5:]}" if k.startswith("eval_") else f"train/{k}": v for k, v in numbers.items()}
 
 
-def check_writers(report_to: Sequence[str]) -> None:
+def check_login(report_to: Collection[str]) -> None:
+    """Raises ValueError where a tracker that needs an account has none; W&B asks for it on a terminal."""
+    check_writers(report_to)
+    if "wandb" not in report_to or os.environ.get("WANDB_MODE", "online") != "online":
+        return
+    wandb = importlib.import_module("wandb")
+    try:
+        wandb.login()
+    except wandb.Error as error:
+        raise _refused(error) from error
+
+
+def check_writers(report_to: Collection[str]) -> None:
     """Raises ValueError for an unknown tracker, or one that is not installed."""
     unknown = set(report_to) - {"tensorboard", "wandb"}
     if unknown:
         raise ValueError(f"log.report_to: {', '.join(sorted(unknown))} is unknown; choose from tensorboard, wandb")
     if "wandb" in report_to and importlib.util.find_spec("wandb") is None:
-        raise ValueError("log.report_to names wandb, which is not installed: pip install 'jaxalign[wandb]'")
+        raise ValueError(f"log.report_to names wandb, which is not installed: {install('wandb')}")
 
 
 def open_writers(
@@ -274,16 +304,13 @@ def open_writers(
       config: the run's resolved configuration, for W&B.
 
     Raises:
-      ValueError: an unknown tracker, or one that is not installed.
+      ValueError: an unknown tracker, or one that is not installed or does not start.
     """
     check_writers(report_to)
-    if "wandb" in report_to and importlib.util.find_spec("wandb") is None:
-        raise ValueError("log.report_to names wandb, which is not installed: pip install 'jaxalign[wandb]'")
     if jax.process_index() != 0:
         return []
-    writers: list[Writer] = [JsonLines(Path(folder) / "metrics.jsonl", resume_step)]
+    # First what may be refused, while no file has been opened or cut.
+    writers: list[Writer] = [WandB(folder, name, config)] if "wandb" in report_to else []
     if "tensorboard" in report_to:
         writers.append(TensorBoard(Path(folder) / "tensorboard", resume_step))
-    if "wandb" in report_to:
-        writers.append(WandB(folder, name, config))
-    return writers
+    return [JsonLines(Path(folder) / "metrics.jsonl", resume_step), *writers]

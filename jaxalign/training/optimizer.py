@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +186,15 @@ def _check(config: Config, num_steps: int) -> None:
     for key, table in (("name", OPTIMIZERS), ("lr_scheduler_type", SCHEDULES)):
         if getattr(config, key) not in table:
             raise ValueError(f"optimizer.{key}: {getattr(config, key)!r} is unknown; choose one of {', '.join(table)}")
+    if config.lr_scheduler_type == "constant" and (config.warmup_steps or config.warmup_ratio):
+        key = "warmup_steps" if config.warmup_steps else "warmup_ratio"
+        raise ValueError(
+            f"optimizer.{key}: lr_scheduler_type=constant has no warm-up; take constant_with_warmup, or leave it away"
+        )
+    others = "adafactor_" if config.name == "adamw" else "adam_"
+    for field in fields(config):
+        if field.name.startswith(others) and getattr(config, field.name) != field.default:
+            raise ValueError(f"optimizer.{field.name}: {config.name} does not read it; leave it away")
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     if not 0.0 <= config.warmup_ratio <= 1.0:

@@ -17,6 +17,7 @@ SHOWN = (
     ("tokens_per_second", "tokens/s", "{:,.0f}"),
     ("mfu", "MFU", "{:.1%}"),
     ("device_memory_gib", "memory", "{:.1f} GiB"),
+    ("process_memory_gib", "process memory", "{:.1f} GiB"),
 )
 MOST_PROMPT, MOST_COMPLETION = 300, 600  # characters of a sample in a table
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,13 +13,15 @@ import jax
 from jaxalign.training.schedule import Config, Tally
 from jaxalign.types import Mean
 
-# Measured by the clock: all other metrics of a resumed run are those of an uninterrupted one, bit for bit.
+# Measured by the clock, or of this process alone: all other metrics of a resumed run are those of an uninterrupted one,
+# bit for bit.
 TIMINGS = frozenset(
     {
         "step_time",
         "tokens_per_second",
         "mfu",
         "device_memory_gib",
+        "process_memory_gib",
         "eval_runtime",
         "train_runtime",
         "train_samples_per_second",
@@ -65,6 +69,15 @@ def speed(config: Config, done: Tally, lap: Lap) -> dict[str, float]:
         timings["tokens_per_second"] = (done.tokens - lap.tokens) / seconds
     if config.flops_per_step and config.peak_flops:
         timings["mfu"] = config.flops_per_step * steps / seconds / config.peak_flops
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return {**timings, **_memory()}
+
+
+def _memory() -> dict[str, float]:
+    """Most memory in use so far: on one device, or on CPU, whose devices tell nothing, by the process."""
+    devices = jax.local_devices()
+    stats = [device.memory_stats() or {} for device in devices]
     peaks = [stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat]
-    return {**timings, "device_memory_gib": max(peaks) / 2**30} if peaks else timings
+    if not peaks and devices[0].platform == "cpu":
+        unit = 1 if sys.platform == "darwin" else 1024
+        return {"process_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    return {"device_memory_gib": max(peaks) / 2**30} if peaks else {}

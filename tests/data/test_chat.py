@@ -334,6 +334,9 @@ def test_the_prompts_own_limit(make_tokenizer):
     assert reason(tokenizer, row, "prompt", below)[0] == "long prompt"
     cut = encode(tokenizer, row, "prompt", dataclasses.replace(below, truncation_mode="keep_end"))
     assert cut["prompt_ids"].tolist() == ids(tokenizer, row["prompt"])[1:]
+    for whole in ({"text": row["prompt"]}, {"messages": [*PROMPT, *PAIR["chosen"]]}):
+        with pytest.raises(ValueError, match=r"data\.max_prompt_length=.*no column `prompt`"):
+            encode(tokenizer, whole, "sft", exact)
 
 
 def test_a_bos_that_begins_every_turn_is_not_kept(make_tokenizer):

@@ -1,4 +1,4 @@
-"""Memory: no array of vocabulary × tokens, whatever the batch, and no hidden states of all micro-batches."""
+"""Memory: of vocabulary × tokens there is a chunk per row, and of all micro-batches no hidden states."""
 
 from dataclasses import replace
 from functools import cache
@@ -13,18 +13,21 @@ from jaxalign.training.optimizer import Config, make_optimizer
 from jaxalign.training.step import accumulate
 from tests.layouts import ragged_thumbs, tiny_model
 
-VOCAB, LENGTH = 32_000, 512
+VOCAB, LENGTH, CHUNK = 32_000, 512, 32
+CHUNK_BYTES = CHUNK * VOCAB * 4  # a chunk's float32 logits of one row
 
 
 @cache
-def temporary_bytes(vocab: int, pairs: int) -> int:
+def temporary_bytes(vocab: int, pairs: int, *, micro: int | None = None, length: int = LENGTH) -> int:
+    """Of one step over pairs of 15/16 of a row each, a pair per row."""
     config = ModelConfig(
-        "llama", vocab, 32, 2, 2, 2, 16, 64, 1024, rope=Rope(), windows=(None, None), tie_embeddings=True
+        "llama", vocab, 32, 2, 2, 2, 16, 64, 4096, rope=Rope(), windows=(None, None), tie_embeddings=True
     )
-    model, settings = build(config), preference.Config(logits_chunk=32)
+    model, settings = build(config), preference.Config(logits_chunk=CHUNK)
     rng = np.random.default_rng(0)
-    example = {name: rng.integers(1, vocab, 160) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
-    batch = preference.make_batch(settings, [example] * pairs, length=LENGTH)
+    example = {name: rng.integers(1, vocab, length * 5 // 16) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    batch = preference.make_batch(settings, [example] * pairs, micro_batch_size=micro, length=length)
+    assert batch.predictions.sources.shape == (pairs // (micro or pairs), micro or pairs, length * 5 // 8)
     batch = replace(batch, fields={"ref_logps": np.zeros(batch.predictions.sources.shape, np.float32)})
     optimizer, schedule = make_optimizer(Config(), 10)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
@@ -37,25 +40,31 @@ def temporary_bytes(vocab: int, pairs: int) -> int:
     return memory.temp_size_in_bytes
 
 
+def vocabulary_bytes(pairs: int, **options: int) -> int:
+    """What a step needs more with the vocabulary than with a hundredth of it."""
+    return temporary_bytes(VOCAB, pairs, **options) - temporary_bytes(VOCAB // 100, pairs, **options)
+
+
 @pytest.mark.parametrize("pairs", [1, 4])
 def test_a_step_never_holds_logits_of_all_predictions(pairs):
-    """4 pairs have 1,280 predictions: all their logits would be 164 MB more than a vocabulary of 320 needs."""
-    predictions = pairs * 320
-    parameters = 4 * 32 * (VOCAB - 320)
-    extra = temporary_bytes(VOCAB, pairs) - temporary_bytes(320, pairs) - 3 * parameters
-    chunk = pairs * 32 * VOCAB * 4
-    assert extra < 5 * chunk
-    assert extra < 0.7 * predictions * VOCAB * 4
+    """Beside gradients and updates, two chunks of a row's 320 predictions: a fifth of all their logits."""
+    gradients = 3 * 32 * VOCAB * 4
+    assert vocabulary_bytes(pairs) - gradients < 2 * pairs * CHUNK_BYTES
 
 
-def test_more_predictions_do_not_need_more_logits():
-    """A row's memory may grow with its tokens, not with tokens × vocabulary."""
+def test_more_rows_need_their_chunks_and_no_more_logits():
+    """Three more rows, each with a chunk of its own and its gradient; their 960 predictions have ten."""
+    assert vocabulary_bytes(4) - vocabulary_bytes(1) < 2 * 3 * CHUNK_BYTES
 
-    def growth(vocab):
-        return temporary_bytes(vocab, 4) - temporary_bytes(vocab, 1)
 
-    per_row = 3 * 32 * VOCAB * 4  # three more rows, one chunk of logits each
-    assert growth(VOCAB) - growth(320) < 5 * per_row
+def test_longer_rows_need_no_more_logits():
+    """Four rows of four times the predictions: 3,840 more, whose logits would be 120 chunks of a row."""
+    assert vocabulary_bytes(4, length=4 * LENGTH) - vocabulary_bytes(4) < 4 * CHUNK_BYTES
+
+
+def test_more_micro_batches_need_no_more_memory():
+    """Six more of them: nothing is kept of one but its gradient, which is added to the sum."""
+    assert temporary_bytes(VOCAB, 8, micro=1) - temporary_bytes(VOCAB, 2, micro=1) < CHUNK_BYTES / 4
 
 
 @pytest.mark.slow

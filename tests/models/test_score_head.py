@@ -162,7 +162,7 @@ def test_the_card(tmp_path):
     models.save(tmp_path / "rm", model, variables, None, method="reward")
     card = (tmp_path / "rm" / "README.md").read_text()
     assert "pipeline_tag: text-classification" in card and "A reward model." in card
-    assert 'AutoModelForSequenceClassification.from_pretrained("rm")' in card and "CausalLM" not in card
+    assert "AutoModelForSequenceClassification.from_pretrained(path)" in card and "CausalLM" not in card
     assert "make_scorer(model, variables)" in card and "(id 96)" in card and "score_bias" not in card
 
 

@@ -7,6 +7,7 @@ optimiser.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -138,7 +139,7 @@ def run_ours(config: grpo.Config, rollout, folder: Path) -> tuple[Any, list[dict
     experience, measured, _ = grpo.estimate(config, experience, grpo.start_carry(config))
     # Two micro-batches, where TRL has one.
     batch = pack_prompts(experience, np.arange(PROMPTS), layout, fields=grpo.fields(config))
-    batch.fields.update(grpo.batch_fields(config, experience, 2))
+    batch = replace(batch, fields={**batch.fields, **grpo.batch_fields(config, experience, 2)})
     step, found = jax.jit(grpo.make_step(config, model, optimizer)), []
     once = {name: metric.value() for name, metric in {**measured, **rollout_metrics(experience)}.items()}
     for _ in range(config.num_iterations):

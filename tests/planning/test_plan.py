@@ -19,7 +19,7 @@ from jaxalign.run import pick_stage
 from jaxalign.types import Batch, Predictions, TokenRows
 
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jaxalign[tpu]'"
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"
 )
 LAYERS, WIDTH, HEADS, KV, DIM, MLP, VOCAB = 2, 64, 4, 2, 16, 128, 320
 
@@ -230,7 +230,7 @@ def test_bad_input(bare, tmp_path, changes, arguments, told):
 def test_without_libtpu(bare, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     stage = stage_of(tmp_path, offline(bare, {"name": "sft"}))
-    with pytest.raises(ValueError, match=r"pip install 'jaxalign\[tpu\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[tpu\]'"):
         plan_stage(stage, "v5e:2x4")
 
 

@@ -122,7 +122,7 @@ def test_mistakes(folder, name, options, message):
 )
 def test_what_is_not_installed_names_the_extra(monkeypatch, name, options, package):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=rf"'{name}' needs {package}: pip install 'jaxalign\[rlvr\]'"):
+    with pytest.raises(ValueError, match=rf"'{name}' needs {package}: pip install -e '\.\[rlvr\]'"):
         load_reward(name, options)
 
 

@@ -226,6 +226,17 @@ def test_a_late_mistake_shows_at_once_and_leaves_no_folder(settings, section, ch
     assert not Path(settings["runs_dir"]).exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("metric_for_best_model", "eval_loss"), ("greater_is_better", False), ("early_stopping_threshold", 0.1)],
+)
+def test_a_setting_of_evaluation_without_evaluation_data(settings, name, value):
+    settings["data"]["eval_ratio"] = None
+    settings["train"] |= {"eval_steps": None, name: value}
+    with pytest.raises(ValueError, match=rf"train\.{name} needs evaluation data"):
+        start(settings)
+
+
 def test_a_reference_that_is_another_model(settings, tiny, tmp_path):
     settings["model"]["reference"] = changed_model(
         tiny, tmp_path, config={"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}, "rope_theta": 5.0}

@@ -9,6 +9,7 @@ from jaxalign import data, models
 from jaxalign.config import parse_config
 from jaxalign.rewards.model import make_scorer
 from jaxalign.run import evaluate_stage, pick_stage, run
+from jaxalign.training.loop import TIMINGS
 from tests.run.conftest import TEXT
 from tests.run.test_run import COMMON, lines
 
@@ -75,7 +76,7 @@ def test_from_a_policy_to_a_folder_of_a_classifier(reward_settings, pairs):
     config = json.loads((rm / "export" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"] and model.config.score_bias
     assert config["pad_token_id"] == 0 and config["eos_token_id"] == 2
-    assert "A reward model. Trained from" in (rm / "export" / "README.md").read_text()
+    assert "A reward model. Trained with reward" in (rm / "export" / "README.md").read_text()
     tokenizer = models.load_tokenizer(rm / "export")
     assert tokenizer.pad_token == "<|endoftext|>" and tokenizer.chat_template
     # Normalised over the training data alone; these are all of them, a fifth more.
@@ -108,9 +109,8 @@ def test_rankings_are_learned_and_resumed(reward_settings, rankings):
     assert right / pairs > 0.85
     # The head's draw belongs to the run: the same again.
     again = run(parse_config({**settings, "name": "again"}))
-    timings = {"step_time", "tokens_per_second", "mfu", "eval_runtime"}
     for one, other in zip(lines(result.folder), lines(again.folder), strict=True):
-        same = {k: v for k, v in one.items() if k not in timings and not k.startswith("train_")}
+        same = {k: v for k, v in one.items() if k not in TIMINGS and not k.startswith("train_")}
         assert same == {k: other[k] for k in same}
 
 

@@ -46,6 +46,8 @@ def test_sft_then_dpo(settings):
     model, variables = models.load(exported(str(result.folder)))
     assert jax.tree.structure(models.load(settings["model"]["path"])[1]) == jax.tree.structure(variables)
     assert model.config.eos_ids == (2,)
+    card = (dpo / "export" / "README.md").read_text()
+    assert f"# {result.folder.name}\n" in card and str(result.folder.parent) not in card and "base_model" not in card
 
 
 def test_precomputed_and_live_references_agree_and_the_cache_is_used(settings, tmp_path):

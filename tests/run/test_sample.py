@@ -136,8 +136,8 @@ def counted(monkeypatch) -> list[dict[str, int]]:
 def test_a_stop_sequence_ends_completions_inside_the_loop(tiny, drawn, counted):
     """The text is what the stop string alone makes of it; fewer tokens are drawn for it."""
     tokenizer = models.load_tokenizer(tiny)
-    letters = Counter(i for row in drawn for i in row["completion_ids"][1:-3] if tokenizer.decode([i]).isalpha())
-    stops = tuple(tokenizer.decode([i]) for i, _ in letters.most_common(6))
+    letters = Counter(i for row in drawn for i in row["completion_ids"][1:-3] if str(tokenizer.decode([i])).isalpha())
+    stops = tuple(str(tokenizer.decode([i])) for i, _ in letters.most_common(6))
     assert all(len(tokenizer(stop, add_special_tokens=False)["input_ids"]) == 1 for stop in stops)
     # A single prompt is completed on one device: on several the one that draws longest would hide what is saved.
     request = Request(str(tiny), prompt="the cat", settings=replace(SETTINGS, num_generations=12), stop=stops)

@@ -6,10 +6,7 @@ import random
 import signal
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import yaml
@@ -18,7 +15,7 @@ from typer.testing import CliRunner
 from jaxalign.cli import app
 from jaxalign.config import parse_config
 from jaxalign.data import MixtureOrder
-from jaxalign.methods.online import OnlineSource
+from jaxalign.methods.mixing import Order
 from jaxalign.run import prepare, run
 from tests.run.conftest import TEXT, finish
 from tests.run.test_resume import lines, logged, wait_until, weights
@@ -157,11 +154,10 @@ def test_data_check(mixed, tmp_path, monkeypatch):
 def test_prompts_of_a_mixture_come_in_its_order():
     """Online methods: 6 and 2 prompts with equal weights make epochs of 6 + 6; the rollouts go through two of them."""
     order = MixtureOrder(np.repeat([0, 1], [6, 2]), [1, 1], seed=3)
-    method: Any = SimpleNamespace(start_carry=lambda config: {})
-    nothing: Any = SimpleNamespace(prompts=range(8))
-    source = OnlineSource(method, None, nothing, nothing, nothing, key=jax.random.key(0), order=order)
-    taken = np.concatenate([source._take(count) for count in (5, 4, 9, 3)])
-    assert taken.tolist() == [order[place] for place in range(21)]
+    places, taken = Order(8, mixture=order), []
+    for count in (5, 4, 9, 3):
+        taken += places.take(len(taken), count).tolist()
+    assert taken == [order[place] for place in range(21)]
     assert np.bincount(taken[:12], minlength=8).tolist() == [1] * 6 + [3, 3]
 
 

@@ -8,6 +8,7 @@ are sometimes absent. `python test_loop.py FOLDER ...` runs it in a process that
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -480,13 +481,15 @@ def test_timings_and_rates():
         def write(self, step, record):
             shown.append((step, record))
 
-        def close(self):
+        def close(self, *, failed=False):
             pass
 
     fit(initial(), FROZEN, JITTED, RolloutSource(), config, writers=[List()])
     for _, record in shown[:3]:
         np.testing.assert_allclose(record["mfu"], 1e6 / record["step_time"] / 1e9)
         assert record["tokens_per_second"] > 0
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        assert resident / 2 < record["process_memory_gib"] <= resident and "device_memory_gib" not in record
     np.testing.assert_allclose(
         shown[3][1]["train_samples_per_second"], 8 * shown[3][1]["train_steps_per_second"], rtol=1e-12
     )

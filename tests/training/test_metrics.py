@@ -163,8 +163,9 @@ def events(folder: Path) -> list[tuple]:
     return found
 
 
-def test_tensorboard_hides_what_a_killed_process_wrote_after_the_checkpoint(tmp_path):
-    for resume, steps in ((None, (1, 2, 3)), (2, (3, 4))):
+@pytest.mark.parametrize("starts", [((None, (1, 2, 3)), (2, (3, 4))), ((None, (1, 2)), (None, (1, 2, 3, 4)))])
+def test_tensorboard_hides_what_a_killed_process_wrote_after_the_checkpoint(tmp_path, starts):
+    for resume, steps in starts:
         writers = metrics.open_writers(tmp_path, ["tensorboard"], resume_step=resume)
         for writer in writers:
             for step in steps:
@@ -183,9 +184,10 @@ def test_wandb_continues_under_its_id(tmp_path, monkeypatch):
         def log(self, record, step):
             calls.append((record, step))
 
-        def finish(self):
-            calls.append("finish")
+        def finish(self, exit_code):
+            calls.append(("finish", exit_code))
 
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
     fake = types.ModuleType("wandb")
     fake.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
     fake.init = lambda **settings: calls.append(settings) or Run()  # type: ignore[attr-defined]
@@ -194,9 +196,11 @@ def test_wandb_continues_under_its_id(tmp_path, monkeypatch):
         writers = metrics.open_writers(tmp_path, ["wandb"], resume_step=resume, name="trial", config={"beta": 0.1})
         for writer in writers:
             writer.write(3, {"eval_loss": 1.0})
-            writer.close()
-    first, logged, finish, second = calls[:4]
-    assert logged == ({"eval/loss": 1.0, "train/global_step": 3}, 3) and finish == "finish"
+            writer.close(failed=resume is None)
+    first, logged, failed, second, _, finished = calls
+    assert logged == ({"eval/loss": 1.0, "train/global_step": 3}, 3)
+    assert (failed, finished) == (("finish", 1), ("finish", 0))
+    assert first["project"] == "jaxalign" and first["name"] == "trial"
     assert first == second and first["resume"] == "allow" and first["config"] == {"beta": 0.1}
     assert first["id"] == (tmp_path / "wandb_id").read_text()
 

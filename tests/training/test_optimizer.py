@@ -247,6 +247,10 @@ def test_adafactor_factors_large_matrices_and_scales_by_the_parameter():
         ({"warmup_ratio": 1.5}, "warmup_ratio"),
         ({"learning_rate": -1.0}, "learning_rate"),
         ({"max_grad_norm": -1.0}, "max_grad_norm"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 3}, r"optimizer\.warmup_steps: .*constant_with_warmup"),
+        ({"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, r"optimizer\.warmup_ratio: .*constant_with_warmup"),
+        ({"name": "adafactor", "adam_beta2": 0.95}, r"optimizer\.adam_beta2: adafactor does not read it"),
+        ({"adafactor_scale_parameter": True}, r"optimizer\.adafactor_scale_parameter: adamw does not read it"),
     ],
 )
 def test_bad_values_are_named(change, message):

@@ -12,6 +12,7 @@ def test_numbers_that_are_absent_are_not_shown():
     assert shown({"loss": 0.12345, "other": 3.0}) == "loss 0.1235"
     full = {"device_memory_gib": 12.34, "mfu": 0.423, "tokens_per_second": 12345.6, "loss": 2.0}
     assert shown(full) == "loss 2.0000  tokens/s 12,346  MFU 42.3%  memory 12.3 GiB"
+    assert shown({"process_memory_gib": 0.951}) == "process memory 1.0 GiB"
 
 
 def test_the_bar_draws_steps_and_numbers():

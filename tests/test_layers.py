@@ -15,7 +15,7 @@ PACKAGE = ROOT / "jaxalign"
 ORDER = (
     ("types",),
     ("packing",),
-    ("losses", "sharding", "exchange", "buckets"),
+    ("losses", "sharding", "exchange", "buckets", "files"),
     ("models",),
     ("sampling",),
     ("data",),
@@ -32,7 +32,7 @@ ORDER = (
     ("__main__",),
 )
 STAGES = {name: stage for stage, names in enumerate(ORDER) for name in names}
-ONLY = {"training": {"types", "sharding", "exchange"}}
+ONLY = {"training": {"types", "sharding", "exchange", "files"}}
 NEVER = {"methods": {"training.checkpoint", "training.metrics"}}
 DOORS = {
     "flax": ("models/",),

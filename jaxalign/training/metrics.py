@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxalign.files import writing
 from jaxalign.types import Max, Mean, Metric, Min, Sum
 
 Number = float | int | np.number | np.ndarray | jax.Array
@@ -132,15 +133,14 @@ class JsonLines:
         """Appends one line; the record may hold lists, dicts and strings too."""
         present = {name: _legal(value) for name, value in record.items() if value is not None}
         line = json.dumps({"step": step, **present}, ensure_ascii=False, allow_nan=False)
-        try:
+        with writing(self.path):
             self._file.write(line + "\n")
             self._file.flush()
-        except OSError as error:
-            raise OSError(error.errno, f"cannot write metrics: {error.strerror}", str(self.path)) from error
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Closes the file; what a failed write has left over is tried once more."""
+        with writing(self.path):
+            self._file.close()
 
 
 def keep_until(path: Path, last_step: int) -> None:

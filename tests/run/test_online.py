@@ -22,8 +22,8 @@ from jaxalign.run import evaluate_stage, pick_stage, run
 from jaxalign.run import stage as stage_module
 from jaxalign.run import start as start_module
 from jaxalign.run.online import make_passes
-from tests.run.conftest import TEXT, finish
-from tests.run.test_resume import lines, logged, saving, wait_until, weights
+from tests.run.conftest import TEXT, finish, wait_until
+from tests.run.test_resume import lines, logged, saving, weights
 
 # Scores of a tenth are no float32; the second reward has none for every third text or so; both need the column.
 REWARDS = """

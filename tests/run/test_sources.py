@@ -20,8 +20,8 @@ from jaxalign.config import parse_config
 from jaxalign.data import MixtureOrder
 from jaxalign.methods.online import OnlineSource
 from jaxalign.run import prepare, run
-from tests.run.conftest import TEXT, finish
-from tests.run.test_resume import lines, logged, wait_until, weights
+from tests.run.conftest import TEXT, finish, wait_until
+from tests.run.test_resume import lines, logged, weights
 
 TALK = "\n\nHuman: {}\n\nAssistant: {}"
 

@@ -264,7 +264,8 @@ def data_check(
         found, packing = check_data(each)
         taken_out += found.removed
         _say(f"== {each.name or each.method_name}")
-        for line in [*found.report.lines(), *(f"packing {name}: {value:.4g}" for name, value in packing.items())]:
+        lines = found.report.lines(problems=False, histograms=True)  # every problem follows
+        for line in [*lines, *(f"packing {what}: {value:.4g}" for what, value in packing.items())]:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         for examples in (found.train, found.eval):
             problems = [] if examples is None else data.problems(examples)

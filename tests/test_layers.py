@@ -16,7 +16,7 @@ ORDER = (
     ("types", "extras"),
     ("placing",),
     ("packing",),
-    ("losses", "sharding", "exchange", "buckets"),
+    ("losses", "sharding", "exchange", "buckets", "files"),
     ("models",),
     ("sampling",),
     ("data",),
@@ -33,7 +33,7 @@ ORDER = (
     ("__main__",),
 )
 STAGES = {name: stage for stage, names in enumerate(ORDER) for name in names}
-ONLY = {"training": {"types", "extras", "sharding", "exchange"}}
+ONLY = {"training": {"types", "extras", "sharding", "exchange", "files"}}
 NEVER = {"methods": {"training.checkpoint", "training.metrics"}}
 DOORS = {
     "flax": ("models/",),

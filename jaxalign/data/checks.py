@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from jaxalign.data.mixture import Share
 
 SHOWN = 10
+BARS = " ▁▂▃▄▅▆▇█"
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
@@ -110,11 +112,17 @@ class Report:
         """All of it as plain dicts, lists and numbers, for JSON."""
         return asdict(self)
 
-    def lines(self) -> list[str]:
-        """All of it as lines of plain text."""
-        lines = _describe("train", self.train)
+    def lines(self, *, problems: bool = True, histograms: bool = False) -> list[str]:
+        """It as lines of plain text.
+
+        Args:
+          problems: the first rows of each kind of problem.
+          histograms: of the lengths.
+        """
+        lines = _describe("train", self.train, problems, histograms)
         if self.eval is not None:
-            lines += [*_describe("eval", self.eval), f"eval examples whose prompt is in train: {self.leaked}"]
+            lines += [*_describe("eval", self.eval, problems, histograms)]
+            lines += [f"eval examples whose prompt is in train: {self.leaked}"]
         lines += [f"filter {name}: {count} training examples removed" for name, count in self.filters.items()]
         lines += [_describe_share(title, share) for title, share in self.parts.items()]
         lines += [self.bias.line()] if self.bias is not None else []
@@ -270,10 +278,10 @@ def measure(lengths: np.ndarray, bins: int = 20) -> Lengths:
     )
 
 
-def _describe(name: str, part: Part) -> list[str]:
+def _describe(name: str, part: Part, problems: bool, histograms: bool) -> list[str]:
     lines = [f"{name}: {part.used} of {part.rows} examples can be used"]
     lines += [f"  {kind}: {count}" for kind, count in part.problems.items()]
-    lines += [f"    {problem}" for problem in part.shown]
+    lines += [f"    {problem}" for problem in part.shown if problems]
     if part.cut_examples:
         lines.append(f"  truncation shortened {part.cut_examples} examples by {part.cut_tokens} tokens")
     if part.labels:
@@ -285,7 +293,17 @@ def _describe(name: str, part: Part) -> list[str]:
     for what, lengths in part.lengths.items():
         spread = ", ".join(f"{at} {value}" for at, value in lengths.quantiles.items())
         lines.append(f"  {what} tokens: {lengths.tokens} in all, mean {lengths.mean:.1f}, {spread}")
+        lines += [f"    {_bars(lengths)}"] if histograms else []
     return lines
+
+
+def _bars(lengths: Lengths) -> str:
+    """A histogram as a line: one bar per bin, as high as its count beside the largest; a bin with one example shows."""
+    most, width = max(lengths.counts), lengths.edges[1] - lengths.edges[0]
+    bars = "".join(BARS[math.ceil(count / most * (len(BARS) - 1))] for count in lengths.counts)
+    return (
+        f"{lengths.edges[0]} |{bars}| {lengths.edges[-1]}, {width} token(s) per bar, at most {most} example(s) in one"
+    )
 
 
 def _describe_share(title: str, share: Share) -> str:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxalign.files import writing
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.families import FAMILIES, tensors, to_hf
 from jaxalign.models.family import Tensor
@@ -137,6 +138,7 @@ def save(
 
     Raises:
       FileExistsError: the target exists and `overwrite` is off.
+      OSError: it cannot be written; names the folder.
       ValueError: a value does not fit into float16; a model with both an LM head and a score head.
     """
     folder, config = Path(folder), model.config
@@ -151,7 +153,7 @@ def save(
     hf, params = to_hf(config), exportable(config, variables)
     shards = _shards(_plan(config, params), jnp.dtype(dtype).itemsize, max_shard_size)
     first = jax.process_index() == 0
-    with _replaced_at_end(folder) if first else _nowhere() as place:
+    with writing(folder), _replaced_at_end(folder) if first else _nowhere() as place:
         for file, planned in shards.items():
             _write_safetensors(place / file if place else None, planned, params, dtype)
         if place:

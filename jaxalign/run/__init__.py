@@ -15,15 +15,26 @@ from jaxalign.buckets import is_url
 from jaxalign.config import OUTPUTS, RunConfig, Stage, read_config_text
 from jaxalign.evaluation import Comparison, Side
 from jaxalign.exchange import from_first, is_first
+from jaxalign.files import write_text
 from jaxalign.methods import METHODS
 from jaxalign.methods.common import trains_scores
 from jaxalign.models.identity import adapter_fingerprint
 from jaxalign.run.backend import describe_backend
-from jaxalign.run.bucket import Mirror, export_url, working
+from jaxalign.run.bucket import Mirror, checkpoints_place, export_url, working
 from jaxalign.run.compare import check_prompts, compare
 from jaxalign.run.critic import FOLDER as CRITIC
 from jaxalign.run.evaluate import evaluate_stage
-from jaxalign.run.folder import check_shared, find_folder, locked, record_stage, write_config, write_text
+from jaxalign.run.folder import (
+    check_shared,
+    correct_folder,
+    find_folder,
+    has_saved,
+    input_changes,
+    locked,
+    other_inputs,
+    record_stage,
+    write_config,
+)
 from jaxalign.run.inputs import Say
 from jaxalign.run.prepare import Prepared, check_data, prepare, resolve_dtype
 from jaxalign.run.scoring import reward_hashes
@@ -86,21 +97,28 @@ def run(
       OSError: the folder cannot be written.
     """
     with working(config, fresh) if is_url(config.runs_dir) else nullcontext(config) as here:
-        place, resumed = from_first(lambda: _place(find_folder(here, fresh=fresh)))
+        url = f"{config.runs_dir.rstrip('/')}/"
+        at = partial(checkpoints_place, f"{url}{config.name}", Path(here.runs_dir) / config.name)
+        place, resumed, changes = from_first(lambda: _place(*find_folder(here, at, fresh=fresh)))
         folder = Path(place)
-        mirror = Mirror(f"{config.runs_dir.rstrip('/')}/{folder.name}", folder) if here is not config else None
-        if not resumed:
+        mirror = Mirror(f"{url}{folder.name}", folder) if here is not config else None
+        if not resumed or changes:
             check_stages(config)
+        if changes:
+            _check_finished(config, folder, mirror)
+        if not resumed:
             from_first(lambda: write_config(here, folder))
         if mirror is None:
             check_shared(folder)
         # Before anything is loaded; the first process alone writes to trackers.
         from_first(lambda: check_login({name for stage in config.stages for name in stage.log.report_to}))
         with locked(folder) if is_first() else nullcontext():
-            if resumed:
+            if resumed and not changes:
                 from_first(lambda: write_config(here, folder))
             say(f"run: {mirror.url if mirror else folder} ({'continued' if resumed else 'new'})")
             say(f"backend: {describe_backend()}")
+            for line in from_first(partial(correct_folder, here, folder, at)) if changes else ():
+                say(line)
             return _run_stages(config, folder, mirror, say, make_progress, show)
 
 
@@ -125,7 +143,7 @@ def _run_stages(
                 say(f"{stage.name or stage.method_name}: done before, its policy is in {result.export}")
             else:
                 ready = prepare(resolve_inputs(stage, {name: str(each.export) for name, each in done.items()}))
-                for line in from_first(partial(_record, config, folder, mirror, stage, ready)):
+                for line in _record(config, folder, mirror, stage, ready):
                     say(line)
                 result = run_stage(ready, where, mirror=mirror, say=say, make_progress=make_progress, show=show)
             done[stage.name] = result
@@ -135,14 +153,33 @@ def _run_stages(
 
 
 def _record(config: RunConfig, folder: Path, mirror: Mirror | None, stage: Stage, ready: Prepared) -> list[str]:
-    lines = record_stage(folder, config, stage.name or config.name, _lineage(ready))
+    """Keeps where a stage's inputs came from; lines for the user."""
+    name, lineage = stage.name or config.name, from_first(partial(_lineage, ready))
+    at = partial(checkpoints_place, mirror.url if mirror else "", folder)
+    saved = from_first(partial(has_saved, folder, stage.name, at))
+    if not saved and from_first(partial(input_changes, folder, name, lineage)):
+        _check_finished(config, folder, mirror)
+    lines = from_first(partial(record_stage, folder, config, name, lineage, saved=saved))
     if mirror is not None:
         mirror.push()
     return lines
 
 
-def _place(found: tuple[Path, bool]) -> tuple[str, bool]:
-    return str(found[0]), found[1]
+def _check_finished(config: RunConfig, folder: Path, mirror: Mirror | None) -> None:
+    """Raises ValueError if a finished stage's inputs have changed: a later one begins anew with what it gave."""
+    exports: dict[str, str] = {}
+    for stage in config.stages:
+        where, name = folder / stage.name, stage.name or config.name
+        if not from_first(lambda stage=stage, where=where: finished(stage, where) is not None):
+            return
+        lineage = from_first(partial(_lineage, prepare(resolve_inputs(stage, exports))))
+        if changes := from_first(partial(input_changes, folder, name, lineage)):
+            raise other_inputs(folder, name, changes)
+        exports[stage.name] = mirror.export_url(stage.name) if mirror else str(where / "export")
+
+
+def _place(folder: Path, resumed: bool, changes: list[str]) -> tuple[str, bool, list[str]]:
+    return str(folder), resumed, changes
 
 
 def check_stages(config: RunConfig) -> None:
@@ -183,7 +220,7 @@ def _lineage(ready: Prepared) -> dict[str, Any]:
     mixed = None if ready.supervised is None else ready.supervised.train
     hashes = reward_hashes(ready.stage.rollout)
     rows = [each.rows for each in (ready.data.train, ready.data.eval, mixed) if each is not None]
-    return {
+    lineage = {
         "policy": {"from": model.path, "sha256": models.fingerprint(model.path)},
         "reference": model.reference and {"from": model.reference, "sha256": models.fingerprint(model.reference)},
         "adapter": lora and lora.path and {"from": lora.path, "sha256": adapter_fingerprint(lora.path)},
@@ -192,6 +229,7 @@ def _lineage(ready: Prepared) -> dict[str, Any]:
         **({"parts": {title: asdict(share) for title, share in report.parts.items()}} if report.parts else {}),
         **({"removed": report.filters} if report.filters else {}),
     }
+    return json.loads(json.dumps(lineage, default=str))
 
 
 def _compare(config: RunConfig, folder: Path, done: Mapping[str, StageResult], say: Say) -> Comparison | None:

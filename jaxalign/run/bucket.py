@@ -47,11 +47,11 @@ class Mirror:
     def checkpoints(self, stage: str, save_total_limit: int) -> Checkpoints:
         """Checkpoints of a stage ("" for a run of one)."""
         prefix = f"{stage}/" if stage else ""
+        place = checkpoints_place(self.url, self.folder, stage)
         if self.url.startswith(DIRECT):
-            place = f"{self.url}/{prefix}checkpoints"
             return Checkpoints(place, save_total_limit=save_total_limit, before=self.push)
         return Checkpoints(
-            self.folder / prefix / "checkpoints",
+            place,
             save_total_limit=save_total_limit,
             before=self.push,
             after=lambda steps: self._push_checkpoints(f"{prefix}{CHECKPOINTS}", steps),
@@ -149,6 +149,18 @@ def working(config: RunConfig, fresh: bool) -> Iterator[RunConfig]:
         if not fresh:
             Mirror(f"{url}/{config.name}", place / config.name).pull()
         yield local
+
+
+def checkpoints_place(url: str, folder: Path, stage: str) -> str | Path:
+    """Where the checkpoints of a stage ("" for a run of one) are written: here, or in a bucket that Orbax writes to.
+
+    Args:
+      url: the run's, where it has one in a bucket.
+      folder: the run's, here.
+      stage: its name.
+    """
+    below = f"{stage}/checkpoints" if stage else "checkpoints"
+    return f"{url}/{below}" if url.startswith(DIRECT) else folder / below
 
 
 def export_url(config: RunConfig, stage: str) -> str:

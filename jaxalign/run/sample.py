@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign import models, sampling
+from jaxalign.files import write_text
 from jaxalign.rewards.calling import ON_ERROR
 from jaxalign.run import exported
 from jaxalign.run.drawing import ends_of
-from jaxalign.run.folder import write_text
 from jaxalign.run.inputs import Say
 from jaxalign.run.judges import Judge, describe_scores, judge, load_judges
 from jaxalign.run.prepare import resolve_dtype

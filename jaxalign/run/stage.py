@@ -15,6 +15,7 @@ import jax
 from jaxalign import models
 from jaxalign.config import Stage
 from jaxalign.exchange import from_first, is_first
+from jaxalign.files import writing
 from jaxalign.methods.common import is_online, join_variables, split_start
 from jaxalign.methods.online import NoSignalError
 from jaxalign.models.config import forward_flops, mean_attended
@@ -107,8 +108,9 @@ def run_stage(
     model, variables = finish_scores(ready, _exported(ready, result.state.params, frozen), say)
     if stage.lora is not None and jax.process_index() == 0:
         adapter = folder / "adapter"
-        models.save_adapter(adapter, model.config, variables, base_model=stage.model.path)
-        ready.data.tokenizer.save_pretrained(adapter)
+        with writing(adapter):
+            models.save_adapter(adapter, model.config, variables, base_model=stage.model.path)
+            ready.data.tokenizer.save_pretrained(adapter)
         say(f"{title}: the adapter alone is in {adapter}")
     if stage.export.critic:
         say(f"{title}: the critic is in {export_critic(ready, folder, trained, result.state.params, frozen)}")

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 
 from jaxalign import data
+from jaxalign.files import write_text
 from jaxalign.methods.offline import OfflineSource, make_stream_batches
-from jaxalign.run.folder import write_text
 from jaxalign.run.inputs import Examples
 from jaxalign.run.prepare import Prepared
 from jaxalign.training.metrics import JsonLines

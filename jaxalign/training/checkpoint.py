@@ -289,6 +289,20 @@ def verify(path: epath.Path) -> str | None:
     return f"{changed[0]} is not what was saved (its SHA-256 differs)" if changed else None
 
 
+def saved_any(folder: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint was ever completed in a folder (local path or bucket), sound or damaged by now."""
+    place = epath.Path(folder)
+    return place.exists() and any((path / SUMS).exists() for path in place.iterdir())
+
+
+def remove_unfinished(folder: str | os.PathLike[str]) -> None:
+    """Deletes what saves have left in a folder that did not finish."""
+    place = epath.Path(folder)
+    for path in place.iterdir() if place.exists() else ():
+        if path.is_dir() and not (path / SUMS).exists():
+            path.rmtree()
+
+
 def write_sums(path: epath.Path) -> None:
     """Writes the SHA-256 of every file under `path` into `SHA256SUMS` (`sha256sum -c` reads it), atomically."""
     lines = [f"{_sha256(path / name)}  {name}\n" for name in _files(path)]

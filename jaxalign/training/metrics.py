@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from jaxalign.extras import install
+from jaxalign.files import writing
 from jaxalign.types import Max, Mean, Metric, Min, Sum
 
 Number = float | int | np.number | np.ndarray | jax.Array
@@ -133,16 +134,15 @@ class JsonLines:
         """Appends one line; the record may hold lists, dicts and strings too."""
         present = {name: _legal(value) for name, value in record.items() if value is not None}
         line = json.dumps({"step": step, **present}, ensure_ascii=False, allow_nan=False)
-        try:
+        with writing(self.path):
             self._file.write(line + "\n")
             self._file.flush()
-        except OSError as error:
-            raise OSError(error.errno, f"cannot write metrics: {error.strerror}", str(self.path)) from error
 
     def close(self, *, failed: bool = False) -> None:
-        """Closes the file."""
+        """Closes the file; what a failed write has left over is tried once more."""
         del failed
-        self._file.close()
+        with writing(self.path):
+            self._file.close()
 
 
 def keep_until(path: Path, last_step: int) -> None:

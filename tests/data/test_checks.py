@@ -1,10 +1,11 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from jaxalign.data import DataConfig, Problem, admit, from_list, inspect, load, problems
-from jaxalign.data.checks import check, measure
+from jaxalign.data.checks import Report, check, measure
 
 GOOD = [
     {"prompt": f"The sky is blue. {i}", "chosen": f" Yes {'blue ' * i}", "rejected": " No, sorry!"} for i in range(8)
@@ -106,6 +107,10 @@ def test_report(chatml, write):
     text = "\n".join(report.lines())
     assert "train: 8 of 9 examples can be used" in text and f"{train}:9: empty completion" in text
     assert "eval examples whose prompt is in train: 2" in text and "packing efficiency: 0.875" in text
+    assert "per bar" not in text
+    whole = "\n".join(report.lines(problems=False, histograms=True))
+    assert f"{train}:9" not in whole and "\n  empty completion: 1\n" in whole
+    assert whole.count("per bar") == sum(len(part.lengths) for part in (report.train, report.eval))
 
 
 def test_truncation_is_counted(chatml, write):
@@ -125,6 +130,13 @@ def test_histograms_hold_every_example_once(lengths):
     width = found.edges[1] - found.edges[0]
     for edge, count in zip(found.edges, found.counts, strict=False):
         assert count == sum(edge <= n < edge + width for n in lengths)
+
+
+def test_a_histogram_is_a_line():
+    part = replace(check(from_list([{"prompt_ids": [1], "completion_ids": [2]}])).train, lengths={})
+    lengths = {"total": measure(np.asarray([0] * 16 + [1, 3] + [4] * 8))}
+    lines = Report(replace(part, lengths=lengths)).lines(histograms=True)
+    assert lines[-1] == "    0 |█▁ ▁▄| 5, 1 token(s) per bar, at most 16 example(s) in one"
 
 
 def test_examples_in_memory_can_be_checked():

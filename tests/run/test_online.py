@@ -27,8 +27,8 @@ from jaxalign.run import start as start_module
 from jaxalign.run.drawing import sampling_config
 from jaxalign.run.online import draw_with, make_passes, prompt_width
 from jaxalign.sampling.generate import STOP
-from tests.run.conftest import TEXT, finish
-from tests.run.test_resume import lines, logged, saving, wait_until, weights
+from tests.run.conftest import TEXT, finish, wait_until
+from tests.run.test_resume import lines, logged, saving, weights
 
 # Scores of a tenth are no float32; the second reward has none for every third text or so; both need the column.
 REWARDS = """

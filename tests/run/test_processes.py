@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from jaxalign.run.processes import LOST, MEND, SAVED, Group, code_of, find_group
-from tests.run.conftest import ROOT
-from tests.run.test_resume import lines, saving, wait_until
+from tests.run.conftest import ROOT, wait_until
+from tests.run.test_resume import lines, saving
 
 SLURM = {
     "SLURM_NTASKS": "4",

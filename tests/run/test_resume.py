@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jaxalign.training.timings import TIMINGS
-from tests.run.conftest import finish
+from tests.run.conftest import finish, wait_until
 
 SFT = {"method": {"name": "sft"}, "columns": {"completion": "chosen"}}
 
@@ -21,18 +21,6 @@ def lines(folder: Path) -> list[dict]:
 
 def weights(folder: Path) -> bytes:
     return (folder / "export" / "model.safetensors").read_bytes()
-
-
-def wait_until(condition, process, seconds=240.0):
-    """Polls a condition; False if the process ended first."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        if process.poll() is not None:
-            return False
-        time.sleep(0.002)
-    raise TimeoutError("the process did not get that far")
 
 
 def logged(folder: Path) -> int:

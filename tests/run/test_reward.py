@@ -9,7 +9,7 @@ from jaxalign import data, models
 from jaxalign.config import parse_config
 from jaxalign.rewards.model import make_scorer
 from jaxalign.run import evaluate_stage, pick_stage, run
-from jaxalign.training.loop import TIMINGS
+from jaxalign.training.timings import TIMINGS
 from tests.run.conftest import TEXT
 from tests.run.test_run import COMMON, lines
 

@@ -17,8 +17,8 @@ from jaxalign.config import parse_config
 from jaxalign.data import MixtureOrder
 from jaxalign.methods.mixing import Order
 from jaxalign.run import prepare, run
-from tests.run.conftest import TEXT, finish
-from tests.run.test_resume import lines, logged, wait_until, weights
+from tests.run.conftest import TEXT, finish, wait_until
+from tests.run.test_resume import lines, logged, weights
 
 TALK = "\n\nHuman: {}\n\nAssistant: {}"
 
@@ -142,6 +142,8 @@ def test_data_check(mixed, tmp_path, monkeypatch):
         "1 rows cannot be trained on",
     ):
         assert line in result.output
+    assert result.output.count("instructions.jsonl:4") == 1
+    assert [line for line in result.output.splitlines() if "|" in line and "token(s) per bar, at most" in line]
     (only,) = [json.loads(line) for line in out.read_text().splitlines()]
     assert (Path(only["file"]).name, only["line"], only["filter"]) == ("dialogues.jsonl", 9, "duplicates")
     assert only["reason"].endswith("dialogues.jsonl:3 again") and only["row"]["chosen"].isupper() is False

@@ -135,9 +135,9 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path, line, message):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
 def test_a_full_disk_is_named():
     lines = JsonLines("/dev/full")
-    with pytest.raises(OSError, match="cannot write metrics: No space left on device: '/dev/full'"):
+    with pytest.raises(OSError, match=r"cannot write: No space left on device.*free space.*'/dev/full'"):
         lines.write(1, {"loss": 1.0})
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=r"No space.*'/dev/full'"):
         lines.close()
 
 

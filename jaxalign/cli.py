@@ -47,8 +47,8 @@ def main() -> None:
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
     )
-    # A save that failed is raised by the run; Orbax would print it here once more, as a traceback.
-    for name in ("concurrent.futures", "absl"):
+    # A save that failed is raised by the run; Orbax and asyncio would print it here once more, as tracebacks.
+    for name in ("concurrent.futures", "absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         app()

@@ -367,7 +367,8 @@ def test_slow_scores_overlap_with_the_next_draw_and_change_nothing():
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_source_that_could_not_score_is_as_it_was(dynamic):
     """The second rollout fails twice, in its second draw where there is one; then all is as if it never had."""
-    config = config_of(dynamic_sampling=dynamic, steps_per_generation=2, max_rollouts=9, num_iterations=2)
+    most = {"dynamic_sampling": True, "max_rollouts": 9} if dynamic else {}
+    config = config_of(steps_per_generation=2, num_iterations=2, **most)
     score, broken = by_prompt([0, 2, 4, 5, 6]), []
 
     def failing(experience):

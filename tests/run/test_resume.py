@@ -1,13 +1,17 @@
 """Guarantee 3 on the real process: killed at any moment, a run goes on bit for bit."""
 
+import contextlib
 import json
 import random
+import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
+from jaxalign.training.checkpoint import saved_any
 from jaxalign.training.timings import TIMINGS
 from tests.run.conftest import finish, wait_until
 
@@ -28,42 +32,64 @@ def logged(folder: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def saving(folder: Path) -> bool:
-    """Whether a save has begun and is not complete: a step's folder, temporary or not, without checksums."""
+def unfinished(folder: Path) -> set[tuple[str, int]]:
+    """Saves that are not complete: a step's folders, temporary or not, without checksums, and when they changed.
+
+    Checksums go first where an old checkpoint is deleted; that is no save, and a later one is complete.
+    """
     found = folder / "checkpoints"
-    return found.is_dir() and any(each.is_dir() and not (each / "SHA256SUMS").exists() for each in found.iterdir())
+    last = max((int(each.parent.name) for each in found.glob("*/SHA256SUMS")), default=0)
+    with contextlib.suppress(FileNotFoundError):  # one that is just being renamed
+        return {
+            (each.name, each.stat().st_ctime_ns)
+            for each in (found.iterdir() if found.is_dir() else ())
+            if each.name.partition(".")[0].isdecimal() and int(each.name.partition(".")[0]) > last
+        }
+    return set()
+
+
+def saving(folder: Path) -> bool:
+    """Whether a save has begun and is not complete."""
+    return bool(unfinished(folder))
 
 
 @pytest.mark.parametrize(
     ("method", "times"),
     [
-        ("sft", 1),
+        ("sft", 2),
         pytest.param("sft", 5, marks=pytest.mark.slow),
         pytest.param("preference", 5, marks=pytest.mark.slow),
     ],
 )
 def test_killed_at_any_moment(method, times, settings, write_config, cli):
-    settings["train"] |= {"max_steps": 40, "eval_steps": 10}
+    settings["train"] |= {"max_steps": 40 if times > 2 else 20, "eval_steps": 10}
     if method == "sft":
         settings["method"] = {"name": "sft"}
         settings["data"] |= {"columns": {"completion": "chosen"}}
     config = write_config(settings)
-    runs = Path(settings["runs_dir"])
+    runs, begun = Path(settings["runs_dir"]), time.monotonic()
     finish(cli("run", config, "name=whole"))
+    length = time.monotonic() - begun
     folder, chance = runs / "killed", random.Random(method)
-    kills = 0
-    for attempt in range(times):
+    kills = tries = 0
+    while kills < times:
+        tries += 1
+        assert tries <= 3 * times + 3, "the run ended before it could be killed"
+        inside, left, begun = kills == min(times, 3) - 1, unfinished(folder), time.monotonic()
         process = cli("run", config, "name=killed")
-        if attempt == 2:
-            got_there = wait_until(lambda: saving(folder), process)
-        else:
-            seen = logged(folder)
-            got_there = wait_until(lambda seen=seen: logged(folder) > seen, process)
-            time.sleep(chance.random() * 0.15)
+        if inside:
+            wait_until(lambda left=left: saved_any(folder / "checkpoints") and unfinished(folder) - left, process)
+        else:  # the start, the first compilation and the export are as likely as a step
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=chance.uniform(0, length))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        kills += got_there and process.returncode == -signal.SIGKILL
-    assert kills >= min(times, 4), "the run ended before it could be killed"
+        if process.returncode != -signal.SIGKILL:
+            assert process.returncode == 0
+            length = time.monotonic() - begun  # less than the first run, which had to compile
+            shutil.rmtree(folder)
+        elif not inside or unfinished(folder) - left:
+            kills += 1
     finish(cli("run", config, "name=killed"))
     assert lines(folder) == lines(runs / "whole")
     assert weights(folder) == weights(runs / "whole")

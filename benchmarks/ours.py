@@ -14,6 +14,7 @@ import numpy as np
 import jaxalign
 from jaxalign import packing
 from jaxalign.methods import preference, sft
+from jaxalign.methods.offline import Layout, pack_global
 from jaxalign.methods.row_length import attention_weight, choose_length, prediction_weight
 from jaxalign.models import Model
 from jaxalign.models.attention import rows_mask
@@ -54,14 +55,13 @@ def examples(task: str, batch: list[cases.Pair]) -> list[dict[str, Any]]:
     ]
 
 
-def row_length(method, config, model: Model, rows: list[dict[str, Any]], batch_size: int) -> int:
+def row_length(method, config, model: Model, rows: list[dict[str, Any]], batch_size: int, micro_batch_size: int) -> int:
     """The row length that a run on CPU would take for these examples."""
     share = getattr(config, "share_prompt", True)
     pieces = [packing.pieces_of(method.to_document(config, row), share) for row in rows]
-    batches = [pieces[start : start + batch_size] for start in range(0, len(pieces), batch_size)]
     return choose_length(
-        batches,
-        batch_size,
+        [pieces[start : start + batch_size] for start in range(0, len(pieces), batch_size)],
+        micro_batch_size,
         attention_weight=attention_weight(model.config),
         prediction_weight=prediction_weight(model.config),
         multiple=32,
@@ -125,14 +125,15 @@ def main() -> None:
     rows = [examples(args.task, batch) for batch in batches]
     every = [row for batch in rows for row in batch]
     micro = args.micro_batch_size or args.batch_size
-    length = args.length or row_length(method, config, model, every, micro)
+    length = args.length or row_length(method, config, model, every, args.batch_size, micro)
+    layout = Layout(args.batch_size, micro, length)
     step = Compiled(jax.jit(method.make_step(config, model, optimizer, schedule), donate_argnums=0))
     reference = Compiled(jax.jit(preference.make_reference(config, model))) if args.task == "dpo" else None
 
     if reference is None:
         del variables
 
-    packed = [method.make_batch(config, batch, length=length, micro_batch_size=micro) for batch in rows]
+    packed = [pack_global(method, config, batch, layout).batch for batch in rows]
     for batch in packed:
         if reference:
             reference.prepare(variables, batch)
@@ -142,7 +143,7 @@ def main() -> None:
     seconds, losses = [], []
     for batch in rows:
         start = time.perf_counter()
-        ready = method.make_batch(config, batch, length=length, micro_batch_size=micro)
+        ready = pack_global(method, config, batch, layout).batch
         if reference:
             ready = reference(variables, ready)
         state, metrics = step(state, frozen, ready)

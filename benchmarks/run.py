@@ -88,7 +88,7 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "sft": Task(".py", ("jaxalign", "trl", "tunix", "trl-bf16"), 8, 5, 2, 3),
+    "sft": Task(".py", ("jaxalign", "trl", "tunix", "trl-bf16"), 8, 5, 2, 3, micro_batch_size=4),
     "dpo": Task(".py", ("jaxalign", "trl", "tunix", "trl-bf16"), 8, 5, 2, 3, micro_batch_size=2),
     "sample": Task("_online.py", ("jaxalign", "trl", "tunix"), 16, 3, 1, 2),
     "sample-ragged": Task("_online.py", ("jaxalign", "jaxalign-waves", "trl", "trl-continuous"), 8, 3, 1, 2, 64),

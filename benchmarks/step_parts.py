@@ -27,6 +27,7 @@ from ours import examples, matmul_rate, row_length
 
 from jaxalign.losses import token_statistics
 from jaxalign.methods import preference
+from jaxalign.methods.offline import Layout, pack_global
 from jaxalign.models.attention import rows_mask
 from jaxalign.models.config import forward_flops
 from jaxalign.models.pretrained import load
@@ -48,11 +49,11 @@ def main() -> None:
         model, variables = load(Path(folder) / "llama5m")
     pairs = cases.ragged_pairs(PAIRS * 7, model.config.vocab_size, 2)
     config = preference.Config(beta=0.1, logits_chunk=args.chunk)
-    length = row_length(preference, config, model, examples("dpo", pairs), args.micro_batch_size)
-    layout = {"length": length, "micro_batch_size": args.micro_batch_size}
+    length = row_length(preference, config, model, examples("dpo", pairs), PAIRS, args.micro_batch_size)
+    layout = Layout(PAIRS, args.micro_batch_size, length)
     rows = examples("dpo", pairs[-PAIRS:])
-    batch = preference.make_batch(config, rows, **layout)
-    runs = {"packing": lambda: preference.make_batch(config, rows, **layout)} | programs(
+    batch = pack_global(preference, config, rows, layout).batch
+    runs = {"packing": lambda: pack_global(preference, config, rows, layout)} | programs(
         model, variables, config, batch
     )
     least = measure(runs, args.rounds)

@@ -141,7 +141,8 @@ def run_ours(config: grpo.Config, rollout, folder: Path) -> tuple[Any, list[dict
     batch = pack_prompts(experience, np.arange(PROMPTS), layout, fields=grpo.fields(config))
     batch = replace(batch, fields={**batch.fields, **grpo.batch_fields(config, experience, 2)})
     step, found = jax.jit(grpo.make_step(config, model, optimizer)), []
-    once = {name: metric.value() for name, metric in {**measured, **rollout_metrics(experience)}.items()}
+    once = {**measured, **grpo.drawn_metrics(config, experience), **rollout_metrics(experience)}
+    once = {name: metric.value() for name, metric in once.items()}
     for _ in range(config.num_iterations):
         state, metrics = step(state, frozen, batch)
         found.append({**once, **{name: metric.value() for name, metric in metrics.items()}})

@@ -64,7 +64,7 @@ def shared(prompts, drawn):
 
 def differences(model, variables, documents, per_document, samples, temperature):
     """|trainer's log-prob - sampler's| of every drawn token."""
-    batch = pack(documents, completions=per_document, length=160)
+    batch = pack(documents, completions=per_document, length=256)
     documents_per_row = np.asarray(batch.rows.documents).max(-1)
     rows, predictions = jax.tree.map(lambda x: x[0], (batch.rows, batch.predictions))
 

@@ -15,6 +15,7 @@ import argparse
 import gzip
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,12 +53,12 @@ def main() -> None:
 
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     accuracy = [line["eval_accuracy"] for line in logged if "eval_accuracy" in line][-1]
-    removed = [json.loads(line) for line in (folder / "removed.jsonl").read_text().splitlines()]
-    left_out = {row["line"] for row in removed if Path(row["file"]).stem == "held_out"}
-    judged = [line for number, line in enumerate(parts["held_out"], 1) if number not in left_out]
-    longer = sum(map(longer_is_chosen, judged)) / len(judged)
-    low, high = wilson(accuracy, len(judged))
-    print(f"held-out accuracy {accuracy:.1%} of {len(judged)} pairs, 95 % confidence {low:.1%} to {high:.1%}")
+    # The run's own words say how many pairs were judged: those that are too long are not.
+    checked = subprocess.run([sys.executable, "-m", "jaxalign", "data", "check", str(config)], capture_output=True)
+    judged = int(re.findall(r"eval: (\d+) of \d+ examples", checked.stdout.decode())[0])
+    longer = sum(map(longer_is_chosen, parts["held_out"])) / HELD_OUT
+    low, high = wilson(accuracy, judged)
+    print(f"held-out accuracy {accuracy:.1%} of {judged} pairs, 95 % confidence {low:.1%} to {high:.1%}")
     print(f"the longer answer: {longer:.1%}, the shorter: {1 - longer:.1%}")
 
 

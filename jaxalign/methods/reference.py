@@ -144,11 +144,12 @@ def _run(method, config, examples, layout, mesh, reference, size) -> Iterator[np
             if layout.processes > 1:
                 arrays = multihost_utils.process_allgather(arrays, tiled=True)
             values, completions, steps = (np.asarray(array) for array in arrays)
-            examples_at = dict(zip(host.data.places, host.indices, strict=True))
+            examples_at = np.zeros(layout.batch_size, np.int64)
+            examples_at[list(host.data.places)] = host.indices
             for micro in range(values.shape[0]):
                 real = completions[micro] >= 0
                 place, branch = np.divmod(completions[micro][real], method.COMPLETIONS)
-                which = np.array([examples_at[micro * layout.micro_batch_size + each] for each in place], np.int64)
+                which = examples_at[micro * layout.micro_batch_size + place]
                 logps[starts[which] + before[branch, which] + steps[micro][real]] = values[micro][real]
             complete = int(host.indices.max()) + 1
             while done < len(examples) and min(done + size, len(examples)) <= complete:

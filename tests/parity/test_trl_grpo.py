@@ -23,6 +23,7 @@ from jaxalign.methods.offline import Layout
 from jaxalign.methods.rollout import pack_prompts, rollout_metrics, run_passes
 from jaxalign.sharding import MeshConfig, make_mesh
 from jaxalign.types import Experience
+from tests.parity.live import QUIET
 from tests.parity.test_trl_ppo import EOS, EPSILON, VOCAB, compare, make_torch_models, tokenizer
 
 trl = pytest.importorskip("trl")
@@ -79,16 +80,10 @@ def run_trl(rollout, folder: Path, iterations: int, settings: dict[str, Any]) ->
         max_steps=iterations,
         learning_rate=LEARNING_RATE,
         adam_epsilon=EPSILON,
-        optim="adamw_torch",
         lr_scheduler_type="constant",
         max_grad_norm=0.0,
         logging_steps=1,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **QUIET,
         **settings,
     )
     trainer = trl.GRPOTrainer(

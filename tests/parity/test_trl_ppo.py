@@ -7,10 +7,6 @@ variable `JAXALIGN_TRL_PPO`, or where `make parity` puts it. Rollouts are given,
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -30,6 +26,7 @@ from jaxalign.sharding import MeshConfig, make_mesh
 from jaxalign.types import Experience
 from tests.layouts import flat
 from tests.models import tiny
+from tests.parity.live import QUIET, older_trl
 
 torch = pytest.importorskip("torch")
 
@@ -46,7 +43,6 @@ from transformers import (  # noqa: E402
 # torch, accelerate and TRL warn about their own deprecations.
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
-FOLDER = Path(os.environ.get("JAXALIGN_TRL_PPO") or Path(__file__).parents[2] / ".venv-parity" / "trl-1.12.0")
 PAD, EOS, VOCAB = 0, 2, 160
 COUNT, STEPS, WIDTH = 16, 12, 20
 LEARNING_RATE, EPSILON = 2e-3, 1e-5
@@ -55,19 +51,7 @@ LEARNING_RATE, EPSILON = 2e-3, 1e-5
 @pytest.fixture(scope="module")
 def trainers() -> ModuleType:
     """TRL 1.12's module of the PPO trainer."""
-    if not (FOLDER / "trl").is_dir():
-        reason = f"{FOLDER}/trl is missing: pip install --no-deps --target {FOLDER} trl==1.12.0"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    name, folder = "trl_1_12", FOLDER / "trl"
-    spec = importlib.util.spec_from_file_location(
-        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert spec is not None and spec.loader is not None
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-    return importlib.import_module(f"{name}.experimental.ppo.ppo_trainer")
+    return older_trl("experimental.ppo.ppo_trainer")
 
 
 def make_torch_models(spread: float = 0.1) -> dict[str, Any]:
@@ -146,17 +130,11 @@ def run_trl(trainers, monkeypatch, folder: Path, ragged: bool, settings: dict[st
         total_episodes=COUNT,
         learning_rate=LEARNING_RATE,
         adam_epsilon=EPSILON,
-        optim="adamw_torch",
         lr_scheduler_type="constant",
         response_length=STEPS,
         num_sample_generations=0,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         stop_token="eos" if ragged else None,
+        **QUIET,
         **settings,
     )
     data = Dataset.from_list([{"input_ids": prompt} for prompt in prompts])

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 
 import jax
 import numpy as np
@@ -29,8 +28,8 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
 )
 
+from tests.parity.live import older_trl  # noqa: E402
 from tests.parity.test_reward import draw_parameters, padded, ragged  # noqa: E402
-from tests.parity.test_trl_ppo import trainers  # noqa: E402, F401  (the fixture that finds TRL 1.12)
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -93,10 +92,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("last_only", [False, True])
-def test_tokens_loss_and_gradient(classifiers, request, last_only):
+def test_tokens_loss_and_gradient(classifiers, last_only):
     """TRL's rows and collator, transformers' loss, and the gradient of every parameter."""
-    request.getfixturevalue("trainers")
-    theirs = importlib.import_module("trl_1_12.experimental.prm.prm_trainer").PRMTrainer
+    theirs = older_trl("experimental.prm.prm_trainer").PRMTrainer
     words = tokenizer()
     options = {"step_separator": "\n", "max_length": 1024, "max_completion_length": None}
     rows = [

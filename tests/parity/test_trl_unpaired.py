@@ -3,10 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
-import sys
 from collections import defaultdict
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -36,12 +32,12 @@ trl = pytest.importorskip("trl")
 from datasets import Dataset  # noqa: E402
 
 from tests.parity import test_trl_curves as curves  # noqa: E402
+from tests.parity.live import older_trl  # noqa: E402
 from tests.parity.test_trl_curves import folders  # noqa: E402, F401
 
 # torch, accelerate and TRL warn about their own deprecations.
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
-FOLDER = Path(os.environ.get("JAXALIGN_TRL_PPO") or Path(__file__).parents[2] / ".venv-parity" / "trl-1.12.0")
 COUNT, WIDTH, STEPS, BATCH = 9, 12, 5, 5
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
 
@@ -144,20 +140,7 @@ def test_kto_without_a_gain_has_a_baseline_of_zero():
 @pytest.fixture(scope="module")
 def bco() -> ModuleType:
     """TRL 1.12's module of the BCO trainer."""
-    if not (FOLDER / "trl").is_dir():
-        reason = f"{FOLDER}/trl is missing: pip install --no-deps --target {FOLDER} trl==1.12.0"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    name, folder = "trl_1_12", FOLDER / "trl"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return importlib.import_module(f"{name}.experimental.bco.bco_trainer")
+    return older_trl("experimental.bco.bco_trainer")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -24,7 +24,7 @@ QUIET: dict[str, Any] = {
 
 
 def older_trl(module: str) -> ModuleType:
-    """A module of TRL 1.12, the last with PPO, BCO and the PRM trainer; without it tests are skipped, in CI they fail."""
+    """A module of TRL 1.12, the last with PPO, BCO and the PRM trainer; skipped without it, a failure in CI."""
     if not (FOLDER / "trl").is_dir():
         reason = f"{FOLDER}/trl is missing: pip install --no-deps --target {FOLDER} trl==1.12.0"
         if os.environ.get("CI"):

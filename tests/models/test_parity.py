@@ -334,7 +334,7 @@ def test_a_familys_own_fields_count(cases, name):
     assert not unseen(cases(name), model, variables, mutated)
 
 
-@pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_1"])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
 @pytest.mark.parametrize("name", ["llama3", "qwen2", "qwen3", "gpt2"])
 def test_gguf(name, kind, tmp_path):
     """A GGUF file read by us and by transformers."""

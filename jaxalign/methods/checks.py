@@ -33,3 +33,8 @@ def check_known(name: str, values: Iterable[str], registry: Mapping[str, Any]) -
     for value in values:
         if value not in registry:
             raise ValueError(f"{name} {value!r} is unknown; known: {', '.join(registry)}")
+
+
+def check_chunk(config: Any) -> None:
+    """Raises ValueError where `logits_chunk` is no number of predictions."""
+    check_rules(config, {"logits_chunk": (config.logits_chunk is None or config.logits_chunk >= 1, "at least 1")})

@@ -17,6 +17,7 @@ from jaxalign.losses import TokenStatistics, state_statistics
 from jaxalign.methods import balance
 from jaxalign.models import Model, freezing
 from jaxalign.packing import Document, pack
+from jaxalign.sharding import data_shards
 from jaxalign.training.coupled import CoupledLoss
 from jaxalign.training.state import TrainState, init_state
 from jaxalign.training.step import LossFn, Step, TotalsFn, evaluate
@@ -24,6 +25,10 @@ from jaxalign.training.step import make_step as make_training_step
 from jaxalign.types import Array, Batch, Experience, Mean, Metrics, Predictions, PyTree, Variables
 
 Example = Mapping[str, Any]
+
+# Predictions per row whose logits exist at once on a CPU, and at least; bytes of float32 logits on an accelerator.
+LEAST_CHUNK = 128
+CHUNK_BYTES = 2**29
 
 
 def split_variables(variables: Variables) -> tuple[Variables, Variables]:
@@ -97,7 +102,7 @@ def read(
     variables: Variables,
     batch: Batch,
     key: jax.Array | None,
-    chunk: int,
+    chunk: int | None,
     *,
     temperature: float = 1.0,
     noise: Array | None = None,
@@ -111,9 +116,27 @@ def read(
     return model.predict(head, variables, hidden, batch.predictions)._replace(aux=aux)
 
 
-def statistics(model: Model, variables: Variables, states: Array, targets: Array, **options: Any) -> TokenStatistics:
+def statistics(
+    model: Model, variables: Variables, states: Array, targets: Array, *, chunk: int | None, **options: Any
+) -> TokenStatistics:
     """`losses.state_statistics` under a model's LM head: a head for `Model.predict`."""
-    return state_statistics(partial(model.logits, variables), states, targets, **options)
+    chunk = chunk or choose_chunk(model, states.shape[0])
+    return state_statistics(partial(model.logits, variables), states, targets, chunk=chunk, **options)
+
+
+def choose_chunk(model: Model, rows: int) -> int:
+    """How many predictions per row have logits at the same time, where `logits_chunk` does not say.
+
+    On a CPU 128, which stay in its caches. On a TPU or GPU so many that they make half a GiB on each device: for every
+    chunk the head's weights are read, gathered where they are split, and their gradients summed.
+    """
+    mesh = model.mesh
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if platform == "cpu":
+        return LEAST_CHUNK
+    per_device = -(-rows // (1 if mesh is None else data_shards(mesh)))
+    split = 1 if mesh is None else mesh.shape["tensor"]
+    return max(LEAST_CHUNK, split * CHUNK_BYTES // (4 * model.config.vocab_size * per_device))
 
 
 def read_scores(
@@ -130,7 +153,7 @@ def scores_of(model: Model, variables: Variables, hidden: Array, predictions: Pr
     return model.predict(lambda own, states, _: model.scores(own, states), variables, hidden, predictions)
 
 
-def make_logps(model: Model, chunk: int, *, temperature: float = 1.0) -> Callable[[Variables, Batch], jax.Array]:
+def make_logps(model: Model, chunk: int | None, *, temperature: float = 1.0) -> Callable[[Variables, Batch], jax.Array]:
     """`(variables, batch) -> token_logps`, float32 `[micro, rows, predictions]`: a pass without gradients."""
 
     def logps(variables: Variables, batch: Batch) -> jax.Array:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxalign import losses
-from jaxalign.methods.checks import check_known, check_rules, check_unread
+from jaxalign.methods.checks import check_chunk, check_known, check_rules, check_unread
 
 VESPO = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
 # Other options of policy losses, by their own names there.
@@ -78,7 +78,7 @@ class Config:
       max_rollouts: most rollouts drawn for one batch under `dynamic_sampling`.
       disable_dropout: no dropout even if the model's config has some.
       share_prompt: compute the prompt once for all its completions.
-      logits_chunk: predictions per row whose logits exist at once.
+      logits_chunk: predictions per row whose logits exist at once; None = `common.choose_chunk`.
       router_aux_loss_coef: weight of the load-balancing loss of sparse models; None = what the model's config says.
     """
 
@@ -116,7 +116,7 @@ class Config:
     max_rollouts: int = 10
     disable_dropout: bool = True
     share_prompt: bool = True
-    logits_chunk: int = 128
+    logits_chunk: int | None = None
     router_aux_loss_coef: float | None = None
 
     def __post_init__(self):
@@ -161,9 +161,9 @@ class Config:
                 self.overlong_cache is None or 0 < self.overlong_cache <= self.max_completion_length,
                 "between 1 and max_completion_length",
             ),
-            "logits_chunk": (self.logits_chunk >= 1, "at least 1"),
         }
         check_rules(self, rules)
+        check_chunk(self)
 
     def _read(self) -> dict[str, bool]:
         """Whether anything reads a setting that not everybody reads."""

@@ -46,7 +46,7 @@ class Config:
       label_smoothing: probability that a label is wrong; `sigmoid` only.
       disable_dropout: no dropout even if the model's config has some.
       share_prompt: compute the prompt once for both completions.
-      logits_chunk: predictions per row whose logits exist at once.
+      logits_chunk: predictions per row whose logits exist at once; None = `common.choose_chunk`.
       router_aux_loss_coef: weight of the load-balancing loss of sparse models; None = what the model's config says.
     """
 
@@ -61,12 +61,12 @@ class Config:
     label_smoothing: float = 0.0
     disable_dropout: bool = True
     share_prompt: bool = True
-    logits_chunk: int = 128
+    logits_chunk: int | None = None
     router_aux_loss_coef: float | None = None
 
     def __post_init__(self):
         """Raises ValueError on settings that have no meaning; the field is named."""
-        least = {"num_generations": 2, "max_completion_length": 1, "max_rollouts": 1, "logits_chunk": 1}
+        least = {"num_generations": 2, "max_completion_length": 1, "max_rollouts": 1}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {bound}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxalign import losses
-from jaxalign.methods.checks import check_unread
+from jaxalign.methods.checks import check_chunk, check_unread
 
 # Who reads what not everybody reads.
 READERS = {
@@ -66,7 +66,7 @@ class Config:
         (the sampler in float32, the trainer in lower precision).
       disable_dropout: no dropout even if the model's config has some.
       share_prompt: compute the prompt once for all its completions.
-      logits_chunk: predictions per row whose logits exist at once.
+      logits_chunk: predictions per row whose logits exist at once; None = `common.choose_chunk`.
       router_aux_loss_coef: weight of the load-balancing losses of a sparse policy, and of a sparse critic of its own;
         None = what each model's config says.
     """
@@ -103,7 +103,7 @@ class Config:
     old_logps: Literal["auto", "sampler", "trainer"] = "auto"
     disable_dropout: bool = True
     share_prompt: bool = True
-    logits_chunk: int = 128
+    logits_chunk: int | None = None
     router_aux_loss_coef: float | None = None
 
     def __post_init__(self):
@@ -131,14 +131,9 @@ class Config:
             },
             READERS,
         )
-        for name in (
-            "num_ppo_epochs",
-            "num_mini_batches",
-            "num_generations",
-            "max_completion_length",
-            "ptx_per_prompt",
-            "logits_chunk",
-        ):
+        check_chunk(self)
+        counts = ("num_ppo_epochs", "num_mini_batches", "num_generations", "max_completion_length", "ptx_per_prompt")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("temperature", "kl_horizon", "score_clip", "kl_target", "epsilon_value", "target_kl"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxalign.losses import COUPLED_LOSSES, DIVERGENCES, MARGIN_LOSSES, PREFERENCE_LOSSES, preference_options
-from jaxalign.methods.checks import check_known, check_rules, check_unread
+from jaxalign.methods.checks import check_chunk, check_known, check_rules, check_unread
 
 SMOOTHED = tuple(name for name in PREFERENCE_LOSSES if "label_smoothing" in preference_options(name))
 # Who reads what not everybody reads.
@@ -41,7 +41,7 @@ class Config:
       precompute_ref_log_probs: run the reference once over the data set before training and cache what it says on disk,
         instead of keeping it in memory and running it on every batch.
       share_prompt: compute the prompt once for both completions.
-      logits_chunk: predictions per row whose logits exist at once.
+      logits_chunk: predictions per row whose logits exist at once; None = `common.choose_chunk`.
       router_aux_loss_coef: weight of the load-balancing loss of sparse models; None = what the model's config says.
     """
 
@@ -60,7 +60,7 @@ class Config:
     disable_dropout: bool = True
     precompute_ref_log_probs: bool = False
     share_prompt: bool = True
-    logits_chunk: int = 128
+    logits_chunk: int | None = None
     router_aux_loss_coef: float | None = None
 
     def __post_init__(self):
@@ -112,6 +112,7 @@ class Config:
             ),
         }
         check_rules(self, rules)
+        check_chunk(self)
 
     @property
     def loss_types(self) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ class Config:
       alpha: AlphaPO's shape of the reward; 0 = the log-probability. Not for `orpo`.
       disable_dropout: no dropout even if the model's config has some.
       share_prompt: compute the prompt once for both completions.
-      logits_chunk: predictions per row whose logits exist at once.
+      logits_chunk: predictions per row whose logits exist at once; None = `common.choose_chunk`.
       router_aux_loss_coef: weight of the load-balancing loss of sparse models; None = what the model's config says.
     """
 
@@ -60,7 +60,7 @@ class Config:
     alpha: float = 0.0
     disable_dropout: bool = True
     share_prompt: bool = True
-    logits_chunk: int = 128
+    logits_chunk: int | None = None
     router_aux_loss_coef: float | None = None
 
     def __post_init__(self):
@@ -76,6 +76,7 @@ class Config:
             "simpo_gamma": (self.simpo_gamma >= 0, "at least 0"),
         }
         checks.check_rules(self, rules)
+        checks.check_chunk(self)
 
     @property
     def is_orpo(self) -> bool:

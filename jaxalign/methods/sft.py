@@ -14,6 +14,7 @@ import optax
 
 from jaxalign.losses import SFT_LOSSES
 from jaxalign.methods import balance, common
+from jaxalign.methods.checks import check_chunk
 from jaxalign.methods.noise import embedding_noise
 from jaxalign.models import Model
 from jaxalign.packing import Document
@@ -36,7 +37,7 @@ class Config:
       label_smoothing_factor: share of each target that is spread over the vocabulary, in [0, 1); `nll` only.
       neftune_noise_alpha: scale of NEFTune's noise on the embeddings in training; None = none.
       disable_dropout: no dropout even if the model's config has some.
-      logits_chunk: predictions per row whose logits exist at once.
+      logits_chunk: predictions per row whose logits exist at once; None = `common.choose_chunk`.
       router_aux_loss_coef: weight of the load-balancing loss of sparse models; None = what the model's config says.
     """
 
@@ -44,7 +45,7 @@ class Config:
     label_smoothing_factor: float = 0.0
     neftune_noise_alpha: float | None = None
     disable_dropout: bool = False
-    logits_chunk: int = 128
+    logits_chunk: int | None = None
     router_aux_loss_coef: float | None = None
 
     def __post_init__(self):
@@ -57,6 +58,7 @@ class Config:
             raise ValueError(f"label_smoothing_factor goes with loss_type nll; {self.loss_type} has no such form")
         if self.neftune_noise_alpha is not None and self.neftune_noise_alpha <= 0:
             raise ValueError(f"neftune_noise_alpha={self.neftune_noise_alpha} must be above 0; null turns it off")
+        check_chunk(self)
 
 
 needs_reference = common.without_reference

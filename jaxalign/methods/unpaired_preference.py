@@ -37,6 +37,7 @@ from jaxalign.losses import (
     sum_by_completion,
 )
 from jaxalign.methods import balance, common
+from jaxalign.methods.checks import check_chunk
 from jaxalign.models import Model
 from jaxalign.packing import Document
 from jaxalign.training.coupled import CoupledLoss
@@ -69,7 +70,7 @@ class Config:
       precompute_ref_log_probs: run the reference once over the data set before training and cache what it says on disk,
         instead of keeping it in memory and running it on every batch; not with `kto`.
       share_prompt: compute the prompt once for a completion and another example's.
-      logits_chunk: predictions per row whose logits exist at once.
+      logits_chunk: predictions per row whose logits exist at once; None = `common.choose_chunk`.
       router_aux_loss_coef: weight of the load-balancing loss of sparse models; None = what the model's config says. An
         example counts with its own completion, not with another's.
     """
@@ -81,7 +82,7 @@ class Config:
     disable_dropout: bool = True
     precompute_ref_log_probs: bool = False
     share_prompt: bool = True
-    logits_chunk: int = 128
+    logits_chunk: int | None = None
     router_aux_loss_coef: float | None = None
 
     def __post_init__(self):
@@ -98,6 +99,7 @@ class Config:
                 f"precompute_ref_log_probs: {self.loss_type} compares with completions of other examples, which change "
                 "with every shuffle; leave it false"
             )
+        check_chunk(self)
 
 
 def borrows(config: Config) -> bool:

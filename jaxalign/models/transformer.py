@@ -48,6 +48,7 @@ class Model:
         `(variables, states [rows, n, embed_dim], targets [rows, n]) -> pytree of [rows, n]`, on the hidden states that
         predict, over the mesh's axis `context` on a share of them.
       rebuild: `config -> Model`, another config with the same dtypes, rematerialisation and attention.
+      mesh: the mesh that it was built for; None = one device.
       unrolled: `() -> (Model, unroll)`: the same functions over `unroll(variables)`, in which every layer has arrays of
         its own, in the dtype of computation. For sampling: out of stacked arrays XLA copies each layer for each token.
 
@@ -61,6 +62,7 @@ class Model:
     scores: Callable[[Variables, Array], jax.Array]
     predict: Callable[[Callable[..., PyTree], Variables, Array, Predictions], PyTree]
     rebuild: Callable[[ModelConfig], Model]
+    mesh: Mesh | None
     unrolled: Callable[[], tuple[Model, Callable[[Variables], Variables]]]
 
 
@@ -150,7 +152,7 @@ def _build(
         apart = _build(config, param_dtype, compute_dtype, remat, attention, mesh, unrolled=True)
         return apart, partial(unroll, config, jnp.dtype(compute_dtype))
 
-    return Model(config, init, apply, logits, scores, partial(context.predict, mesh), rebuild, unrolled_too)
+    return Model(config, init, apply, logits, scores, partial(context.predict, mesh), rebuild, mesh, unrolled_too)
 
 
 class _Attention(nn.Module):

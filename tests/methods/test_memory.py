@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import numpy as np
 import pytest
 
-from jaxalign.methods import preference, unpaired_preference
+from jaxalign.methods import common, grpo, preference, sft, unpaired_preference
 from jaxalign.models import ModelConfig, Rope, build
 from jaxalign.training.optimizer import Config, make_optimizer
 from jaxalign.training.step import accumulate
@@ -90,3 +92,34 @@ def test_a_coupled_loss_does_not_hold_the_micro_batches():
     (few, _), (many, batch) = temporary(2), temporary(8)
     hidden = batch.rows.tokens[0].size * 32 * 4  # one layer's input of one micro-batch
     assert many - few < hidden
+
+
+class Slice:
+    """Eight devices of a kind that is not here, as a mesh shows them."""
+
+    def __init__(self, platform: str, **sizes: int):
+        self.shape = dict.fromkeys(("data", "fsdp", "tensor", "context", "expert"), 1) | sizes
+        self.devices = np.array([SimpleNamespace(platform=platform)] * 8)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rows", "chunk"),
+    [
+        (None, 1, 128),
+        (Slice("cpu", fsdp=8), 8, 128),
+        # 2**29 bytes of float32 are 1,046 times Llama 3's vocabulary.
+        (Slice("tpu", fsdp=8), 8, 1046),
+        (Slice("gpu", data=2, fsdp=4), 16, 523),
+        (Slice("tpu", fsdp=4, tensor=2), 8, 1046),
+        (Slice("tpu", fsdp=8), 8 * 64, 128),
+    ],
+)
+def test_chunks_fill_a_share_of_an_accelerators_memory(mesh, rows, chunk):
+    model = SimpleNamespace(mesh=mesh, config=SimpleNamespace(vocab_size=128_256))
+    assert common.choose_chunk(cast("Any", model), rows) == chunk
+
+
+@pytest.mark.parametrize("method", [sft, grpo], ids=["sft", "grpo"])
+def test_a_chunk_that_is_none_is_refused(method):
+    with pytest.raises(ValueError, match="logits_chunk=0 must be at least 1"):
+        method.Config(logits_chunk=0)

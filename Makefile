@@ -47,7 +47,7 @@ format: $(VENV)/.installed ## format the code and apply the safe fixes
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-parity: $(PARITY_VENV)/.installed $(MODEL) ## compare live with torch, transformers and TRL
+parity: $(PARITY_VENV)/.installed $(MODEL) ## compare live with torch, transformers and TRL, and compile for TPUs
 	$(PARITY_VENV)/bin/python -m pytest -m parity -n $(WORKERS) $(DIST) $(PYTEST_ARGS)
 
 bench-envs: $(VENV)/.installed $(MODEL) .venv-trl/.installed .venv-tunix/.installed ## what benchmarks/run.py needs: every trainer's environment, the model

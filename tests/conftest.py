@@ -2,6 +2,8 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,21 @@ def smollm2() -> Path:
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.fixture
+def libtpu() -> Iterator[None]:
+    """The compiler for TPUs, which `make parity` brings; the test is skipped without it, in CI it fails."""
+    if find_spec("libtpu") is None:
+        reason = "libtpu, which compiles for TPUs, is not installed: `make parity` brings it"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    # Programs for a TPU are not kept between runs: without one jax cannot read them back.
+    kept = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", kept)
 
 
 @pytest.fixture(scope="module")

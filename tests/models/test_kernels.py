@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +137,8 @@ def test_what_a_kernel_cannot_serve_is_said(kind, dtype, changes, said):
         build(replace(tiny_config(), **changes), compute_dtype=dtype, attention=kind)
 
 
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, which compiles for TPUs, is not installed")
+@pytest.mark.parity
+@pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("head_dim", [64, 96])
 def test_the_step_compiles_for_a_tpu(head_dim):
     devices = list(topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices)

@@ -1,7 +1,6 @@
 """Rematerialisation changes what a step keeps, and nothing else."""
 
 from functools import cache
-from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +66,8 @@ def test_more_is_kept_the_less_is_computed_again():
     assert all(most > each > least for each in between) and between[2] == min(between)
 
 
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, which compiles for TPUs, is not installed")
+@pytest.mark.parity
+@pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize(("remat", "kept"), [("offload", "attention"), ("dots_offload", "dots")])
 def test_offloading_moves_what_is_kept_to_the_host(remat, kept):
     moved, stayed = (compiled(each, "splash").memory_analysis() for each in (remat, kept))

@@ -1,6 +1,5 @@
 """`model.offload_reference`: the reference lies in the host's memory, and what it says is the same."""
 
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -35,7 +34,8 @@ def test_log_probs_are_the_same():
     np.testing.assert_array_equal(found.fields["ref_logps"], wanted.fields["ref_logps"])
 
 
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, which compiles for TPUs, is not installed")
+@pytest.mark.parity
+@pytest.mark.usefixtures("libtpu")
 def test_a_tpu_holds_it_during_the_pass_alone():
     mesh = make_mesh(MeshConfig(data=1, fsdp=4), list(topologies.get_topology_desc("v5p:2x2x1", "tpu").devices))
     model = build(tiny_config(embed_dim=512, mlp_dim=2048, head_dim=64), compute_dtype="bfloat16", mesh=mesh)

@@ -23,6 +23,10 @@ _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"\b(pred|token|opaque|(?:bf|f|s|u|c)\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+# Fusions that run beside a collective name it too, from where it starts to where it is done, and pass its arrays on.
+_STARTS = 'custom_call_target="AsyncCollectiveStart"'
+_ALIASES = re.compile(r"\{(\d*)\}: \((\d+), \{\}")
 
 
 @dataclass
@@ -125,6 +129,8 @@ class _Reader:
     def __init__(self, computations: dict[str, Computation], trips: tuple[int, ...], devices: int):
         self._computations, self._trips, self._devices = computations, trips, devices
         self._done: dict[tuple[str, int], Traffic] = {}
+        starting = [each for each in computations.values() if any(_STARTS in inner.rest for inner in each.values())]
+        self._carried = {channel for each in starting for inner in each.values() if (channel := _channel(inner))}
 
     def read(self, name: str, depth: int) -> Traffic:
         key = (name, depth)
@@ -157,7 +163,10 @@ class _Reader:
         if each.op == "fusion":
             for name in _called(each, "calls"):
                 inside = self._computations.get(name, {})
+                starts = any(_STARTS in inner.rest for inner in inside.values())
                 for inner in inside.values():
+                    if _channel(inner) in self._carried and not starts:
+                        continue
                     if (kind := inner.op.removesuffix("-start")) in COLLECTIVES:
                         kind = "reduce-scatter" if "reduce-scatter" in each.name + name else kind
                         _add_collective(total, kind, inside, inner, self._devices)
@@ -188,6 +197,11 @@ class _Reader:
         inside = self._computations.get(next(iter(_called(each, "calls")), ""), {}) if each.op == "fusion" else {}
         if not inside:
             return own + sum(_operand(computation, each, i) for i in range(len(each.operands)))
+        if any(_channel(inner) in self._carried for inner in inside.values()):
+            passed = [(int(made or 0), int(given)) for made, given in _ALIASES.findall(_aliasing(each))]
+            own -= sum(_element(each.type, made) for made, _ in passed)
+            kept = set(range(len(each.operands))) - {given for _, given in passed}
+            return own + sum(self._read_by(computation, each, inside, i) for i in kept)
         updates = {
             inner.operands[0]: _operand(inside, inner, 1, memory=False)
             for inner in inside.values()
@@ -254,6 +268,25 @@ def _closing(text: str, opened: int) -> int:
 def _called(each: Instruction, attribute: str) -> list[str]:
     found = re.search(attribute + r"=(\{[^}]*\}|%?[\w.\-]+)", each.rest)
     return re.findall(r"[\w.\-]+", found[1]) if found else []
+
+
+def _channel(each: Instruction) -> str:
+    """The channel of a collective; empty if it is none."""
+    found = _CHANNEL.search(each.rest) if each.op.removesuffix("-start") in COLLECTIVES else None
+    return found[1] if found else ""
+
+
+def _aliasing(each: Instruction) -> str:
+    """Which results are which operands, as written."""
+    start = each.rest.find("output_to_operand_aliasing={")
+    end = each.rest.find(")}", start)
+    return each.rest[start:end] if 0 <= start < end else ""
+
+
+def _element(type_text: str, place: int) -> float:
+    """Bytes in memory of one array of a type."""
+    arrays = [found[0] for found in re.finditer(_ARRAY, type_text)]
+    return size(arrays[place], memory=True) if place < len(arrays) else 0.0
 
 
 def _origin(inside: Computation, root: Instruction) -> Instruction:

@@ -98,3 +98,55 @@ def test_collectives_of_a_compiled_scan():
     assert found.collectives["all-reduce"] == (1, 4.0)
     assert found.wire == 6 * 4096 * 3 / 4 + 2 * 4 * 3 / 4
     assert parse(text)[1]
+
+
+BESIDE = """\
+HloModule tiny, is_scheduled=true
+
+%start (p: f32[100]) -> (f32[100], f32[400], u32[]) {
+  %p = f32[100]{0} parameter(0)
+  %all.0 = f32[400]{0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %call = (f32[100]{0}, f32[400]{0}, u32[]{:S(2)}) custom-call(%all.0), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (q0: f32[100], q1: f32[400], q2: u32[], q3: f32[50]) -> (f32[50], f32[100], f32[400], u32[]) {
+  %q0 = f32[100]{0} parameter(0)
+  %q1 = f32[400]{0} parameter(1)
+  %q2 = u32[]{:S(2)} parameter(2)
+  %q3 = f32[50]{0} parameter(3)
+  %twice = f32[50]{0} add(%q3, %q3)
+  %all.1 = f32[400]{0} all-gather(%q0), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %both = (f32[50]{0}, f32[100]{0}, f32[400]{0}, u32[]{:S(2)}) tuple(%twice, %q0, %q1, %q2)
+}
+
+%done (r0: f32[100], r1: f32[400], r2: u32[]) -> f32[400] {
+  %r0 = f32[100]{0} parameter(0)
+  %r1 = f32[400]{0} parameter(1)
+  %r2 = u32[]{:S(2)} parameter(2)
+  %all.2 = f32[400]{0} all-gather(%r0), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %call.1 = f32[400]{0} custom-call(%all.2), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (x: f32[100], y: f32[50]) -> f32[400] {
+  %x = f32[100]{0} parameter(0)
+  %y = f32[50]{0} parameter(1)
+  %s = (f32[100]{0}, f32[400]{0}, u32[]{:S(2)}) fusion(%x), kind=kCustom, output_to_operand_aliasing={{0}: (0, {})}, calls=%start
+  %s0 = f32[100]{0} get-tuple-element(%s), index=0
+  %s1 = f32[400]{0} get-tuple-element(%s), index=1
+  %s2 = u32[]{:S(2)} get-tuple-element(%s), index=2
+  %b = (f32[50]{0}, f32[100]{0}, f32[400]{0}, u32[]{:S(2)}) fusion(%s0, %s1, %s2, %y), kind=kOutput, ALIASES, calls=%beside
+  %b1 = f32[100]{0} get-tuple-element(%b), index=1
+  %b2 = f32[400]{0} get-tuple-element(%b), index=2
+  %b3 = u32[]{:S(2)} get-tuple-element(%b), index=3
+  ROOT %d = f32[400]{0} fusion(%b1, %b2, %b3), kind=kCustom, output_to_operand_aliasing={{}: (1, {})}, calls=%done
+}
+"""  # noqa: E501 -- an instruction is one line
+
+
+def test_a_collective_beside_other_work_counts_once():
+    """The TPU's compiler names it in every fusion that it runs beside, and passes its arrays through them in place."""
+    aliases = "output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {}), {3}: (2, {})}"
+    found = traffic(BESIDE.replace("ALIASES", aliases), devices=4)
+    assert found.collectives == {"all-gather": (1, 1600.0)}
+    # What is gathered is written once; the fusion beside it reads and writes its 50 numbers; the end reads the shard.
+    assert found.moved == 1600 + (200 + 200) + 400

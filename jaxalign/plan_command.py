@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,7 +25,8 @@ def plan(
     topology: Annotated[
         str | None, typer.Option(help="A TPU slice that need not be here: v5p:2x2x2. This machine's devices without.")
     ] = None,
-    stage: Annotated[str | None, typer.Option(help="Stage of a config with several; the first by default.")] = None,
+    slices: Annotated[int, typer.Option(help="How many slices of that shape.")] = 1,
+    stage: Annotated[str | None, typer.Option(help="Only this stage of a config with several.")] = None,
     mfu: Annotated[float, typer.Option(help="Share of the peak FLOP/s at which times are given too.")] = 0.4,
     shardings: Annotated[bool, typer.Option("--shardings", help="Only say what is sharded how.")] = False,
     neighbours: Annotated[int, typer.Option(help="Configs nearby to compile where it does not fit.")] = 6,
@@ -34,29 +36,38 @@ def plan(
     from jaxalign.config import load_config, shipped_configs
     from jaxalign.planning.targets import find_devices
 
-    find_devices(topology)  # before anything else asks jax for devices: a slice is planned on the CPU
+    devices = find_devices(topology, slices)  # before anything else asks jax for them: a slice is planned on the CPU
     from jaxalign import planning
-    from jaxalign.run import pick_stage
 
     file = config if config.is_file() else shipped_configs().get(str(config), config)
-    picked = pick_stage(load_config(file, overrides or [], data_needed=False), stage)
+    settings = load_config(file, overrides or [], data_needed=False)
+    plans: list[dict[str, Any]] = []
+    with TemporaryDirectory() as exports:
+        for each, ready, notes in planning.planned_stages(settings, devices, Path(exports), stage):
+            if shardings:
+                _say(each.name or each.method_name)
+                console.print(planning.shardings_table(planning.describe_stage(ready)))
+                continue
+            made = planning.plan_stage(each, topology, slices=slices, mfu=mfu, prepared=(ready, notes))
+            for part in planning.plan_tables(made):
+                console.print(part, highlight=False, soft_wrap=True)
+            tried = []
+            if not made.fits and neighbours:
+                _say("compiling configs nearby:")
+                tried = planning.what_fits(
+                    each, made, topology, slices=slices, most=neighbours,
+                    tell=lambda near: _say(planning.neighbour_line(near)),
+                )  # fmt: skip
+            near = [{"changes": each.changes, "plan": each.plan and each.plan.to_dict()} for each in tried]
+            plans.append({**made.to_dict(), "neighbours": near})
     if shardings:
-        ready, _ = planning.prepare_plan(picked, find_devices(topology))
-        console.print(planning.shardings_table(planning.describe_stage(ready)))
         return
-    made = planning.plan_stage(picked, topology, mfu=mfu)
-    for part in planning.plan_tables(made):
-        console.print(part, highlight=False, soft_wrap=True)
-    tried = []
-    if not made.fits and neighbours:
-        _say("compiling configs nearby:")
-        tried = planning.what_fits(
-            picked, made, topology, most=neighbours, tell=lambda each: _say(planning.neighbour_line(each))
-        )
+    short = [each["stage"] for each in plans if not each["fits"]]
+    if len(plans) > 1:
+        _say(f"{len(plans)} stages: " + (f"{', '.join(short)} will NOT fit" if short else "all fit"))
     if output is not None:
-        near = [{"changes": each.changes, "plan": each.plan and each.plan.to_dict()} for each in tried]
-        output.write_text(json.dumps({**made.to_dict(), "neighbours": near}, indent=1) + "\n")
-    if not made.fits:
+        output.write_text(json.dumps({"fits": not short, "stages": plans}, indent=1) + "\n")
+    if short:
         raise typer.Exit(1)
 
 

@@ -148,6 +148,11 @@ def rows_stay_in_processes(devices: np.ndarray) -> bool:
     return all(len({device.process_index for device in group}) == 1 for group in groups)
 
 
+def process_count(mesh: Mesh) -> int:
+    """How many processes own the mesh's devices: those of this run, or the hosts of a slice that is not here."""
+    return len({device.process_index for device in mesh.devices.flat})
+
+
 def _arrange_slice(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     found = _or_split_axes(mesh_utils.create_device_mesh, sizes, devices)
     if rows_stay_in_processes(found):

@@ -90,7 +90,8 @@ def test_decoding_is_measured(scripts, capsys):
         ("NVIDIA L40S", 362e12, 0.864e12),
         ("NVIDIA GeForce RTX 4090", 165e12, 1.008e12),
         ("NVIDIA B200", 2250e12, 8e12),
-        ("TPU v5 lite", 197e12, 0.82e12),
+        ("TPU v5 lite", 197e12, 0.819e12),
+        ("TPU7x", 1153.5e12, 3.69e12),
     ],
 )
 def test_peaks_by_the_names_that_devices_have(kind, flops, bandwidth):

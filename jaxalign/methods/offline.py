@@ -18,7 +18,7 @@ from jaxalign.models import ModelConfig
 from jaxalign.models.context import length_multiple
 from jaxalign.packing import build, pieces_of, plan
 from jaxalign.placing import Piece, share_out
-from jaxalign.sharding import data_shards, place_batch, rows_stay_in_processes
+from jaxalign.sharding import data_shards, place_batch, process_count, rows_stay_in_processes
 from jaxalign.types import Batch
 
 # How many micro-batches `choose_length` looks at: enough for a steady mean, few enough to take no time.
@@ -195,20 +195,29 @@ def split_length(length: int, mesh: Mesh) -> int:
 def split(mesh: Mesh, micro_batch_size: int) -> tuple[int, int, int]:
     """How micro-batches are shared: data shards of a process, number of this process, number of processes.
 
+    A slice that is not here has hosts and one process that plans for them all: it has all shards, but what they could
+    not share is refused.
+
     Raises:
-      ValueError: the processes cannot share a micro-batch, or the data shards, evenly.
+      ValueError: as `check_split`.
     """
+    check_split(mesh, micro_batch_size)
     processes = jax.process_count()
+    return data_shards(mesh) // processes, jax.process_index(), processes
+
+
+def check_split(mesh: Mesh, micro_batch_size: int) -> None:
+    """Raises ValueError where the processes of the mesh cannot share a micro-batch, or the data shards, evenly."""
+    processes = process_count(mesh)
     if micro_batch_size % processes:
         raise ValueError(
             f"train.micro_batch_size={micro_batch_size} must be a multiple of the number of processes ({processes})"
         )
-    if data_shards(mesh) % processes or not (processes == 1 or rows_stay_in_processes(mesh.devices)):
+    if data_shards(mesh) % processes or not rows_stay_in_processes(mesh.devices):
         raise ValueError(
             f"mesh: data × fsdp × expert = {data_shards(mesh)} must be a multiple of the {processes} processes: the "
             "devices of `tensor` and `context` that share rows belong to one process"
         )
-    return data_shards(mesh) // processes, jax.process_index(), processes
 
 
 def make_batches(

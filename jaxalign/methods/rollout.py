@@ -15,7 +15,7 @@ from jaxalign.methods.offline import Layout
 from jaxalign.models import Model
 from jaxalign.packing import Document, build, pieces_of, plan
 from jaxalign.sampling.choose import Config as SamplingConfig
-from jaxalign.sharding import Mesh, decode_shards, place_batch, replicated
+from jaxalign.sharding import Mesh, decode_shards, place_batch, process_count, replicated
 from jaxalign.types import Array, Batch, Experience, Max, Mean, Metrics, Min, Predictions, PyTree, Samples, Variables
 
 # (params, batch on the mesh) -> float32 [micro, rows, predictions]
@@ -68,7 +68,7 @@ def draw_programs(model: Model, config: SamplingConfig, mesh: Mesh) -> tuple[Any
     """The jitted programs of a rollout: variables -> those that decoding takes, and the sampler."""
     several = mesh if mesh.size > 1 else None
     # Every process packs from the whole rollout.
-    whole = replicated(mesh) if jax.process_count() > 1 else None
+    whole = replicated(mesh) if process_count(mesh) > 1 else None
     generate = jax.jit(sampling.make_generate(model, config, several), out_shardings=whole)
     return sampling.make_decoding(model, several), generate
 

@@ -3,6 +3,7 @@
 from jaxalign.planning.neighbours import Neighbour, what_fits
 from jaxalign.planning.plan import Plan, plan_stage, prepare_plan
 from jaxalign.planning.shardings import describe_stage
+from jaxalign.planning.stages import planned_stages
 from jaxalign.planning.tables import neighbour_line, plan_tables, shardings_table
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "neighbour_line",
     "plan_stage",
     "plan_tables",
+    "planned_stages",
     "prepare_plan",
     "shardings_table",
     "what_fits",

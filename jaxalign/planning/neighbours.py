@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
-from jaxalign.methods import METHODS
-from jaxalign.methods.common import is_online
+from jaxalign.methods.offline import check_split
 from jaxalign.planning.plan import Plan, changed, plan_stage
+from jaxalign.planning.programs import COPY, DRAWING
+from jaxalign.planning.targets import find_devices
+from jaxalign.run.kernels import check_offloading
 from jaxalign.sections import Stage
-from jaxalign.sharding import BATCH_AXES
+from jaxalign.sharding import BATCH_AXES, make_mesh, remesh
+
+ROLLOUT = {COPY, DRAWING}  # programs that the settings of a rollout change
 
 
 @dataclass(frozen=True)
@@ -33,33 +39,59 @@ class Neighbour:
         return self.plan is not None and self.plan.fits
 
 
-def neighbours(stage: Stage, plan: Plan) -> Iterator[dict[str, Any]]:
-    """Changes that save memory, cheapest in time first, each with those before it that cost little."""
-    shards = _product(plan.mesh, BATCH_AXES)
+def neighbours(stage: Stage, plan: Plan, devices: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """Changes that save memory where it is short, cheapest in time first, each with those before it that cost little.
+
+    Layouts that the processes of these devices could not share, which `run` refuses, are none of them.
+    """
+    failed = {each.name for each in plan.programs if not each.fits}
+    drawing, training = failed & ROLLOUT, failed - ROLLOUT
+    allowed = partial(_allowed, stage, devices)
+    # Where there are several slices, the data axis stays what connects them.
+    slices = plan.slices if not stage.mesh.dcn else max(stage.mesh.dcn.get("data", 1), 1)
     base: dict[str, Any] = {}
-    if stage.model.remat != "full":
+    if training and stage.model.remat != "full":
         base = {"model.remat": "full"}
         yield base
-    if plan.mesh["data"] > 1:
-        whole = {"mesh.data": 1, "mesh.fsdp": plan.mesh["data"] * plan.mesh["fsdp"]}
+    whole = {"mesh.data": slices, "mesh.fsdp": plan.mesh["data"] * plan.mesh["fsdp"] // slices}
+    if plan.mesh["data"] > slices and allowed({**base, **whole}):
         base = {**base, **whole}
         yield base
-    micro, per_row = stage.train.micro_batch_size or stage.train.batch_size, _rows_of_example(stage)
-    while micro % 2 == 0 and micro * per_row > shards:
+    away = {**base, "model.offload_reference": True}
+    if any(each.memory.models for each in plan.programs) and not stage.model.offload_reference and allowed(away):
+        base = away
+        yield base
+    shards, per_row = _product(plan.mesh, BATCH_AXES), _rows_of_example(stage)
+    micro = _micro(stage)
+    while training and micro % 2 == 0 and micro * per_row > shards:
         micro //= 2
-        yield {**base, "train.micro_batch_size": micro}
-    least = {**base, **({"train.micro_batch_size": micro} if micro != stage.train.batch_size else {})}
-    fsdp = least.get("mesh.fsdp", plan.mesh["fsdp"])
+        smaller = {**base, "train.micro_batch_size": micro}
+        if not allowed(smaller):
+            break
+        yield smaller
+        base = smaller
+    for tensor in (2, 4, 8) if drawing else ():
+        apart = {**base, "rollout.mesh.tensor": tensor}
+        if stage.rollout.mesh is None and tensor > plan.mesh["tensor"] and allowed(apart):
+            yield apart
+    if drawing and stage.rollout.slots is None:
+        yield {**base, "rollout.slots": 8 * shards}
+        yield {**base, "rollout.slots": 2 * shards}
+    fsdp = base.get("mesh.fsdp", plan.mesh["fsdp"])
     for tensor in (2, 4, 8):
-        if fsdp % tensor == 0 and fsdp > tensor:
-            yield {**least, "mesh.data": 1, "mesh.fsdp": fsdp // tensor, "mesh.tensor": plan.mesh["tensor"] * tensor}
-    if is_online(METHODS[stage.method_name]) and stage.rollout.slots is None:
-        yield {**least, "rollout.slots": 8 * shards}
-        yield {**least, "rollout.slots": 2 * shards}
+        split = {**base, "mesh.fsdp": fsdp // tensor, "mesh.tensor": plan.mesh["tensor"] * tensor}
+        if fsdp % tensor == 0 and fsdp > tensor and allowed(split):
+            yield split
 
 
 def what_fits(
-    stage: Stage, plan: Plan, topology: str | None, *, most: int = 6, tell: Callable[[Neighbour], None] | None = None
+    stage: Stage,
+    plan: Plan,
+    topology: str | None,
+    *,
+    slices: int = 1,
+    most: int = 6,
+    tell: Callable[[Neighbour], None] | None = None,
 ) -> list[Neighbour]:
     """Compiles neighbours of a stage until one fits.
 
@@ -68,18 +100,20 @@ def what_fits(
     Args:
       stage: what did not fit.
       plan: its plan.
-      topology: as `plan_stage`.
+      topology: as `plan_stage`; so is `slices`.
+      slices: of that topology.
       most: how many neighbours to compile.
       tell: takes each as it is known.
     """
     failed = {each.name for each in plan.programs if not each.fits}
     found: list[Neighbour] = []
-    for changes, _ in zip(neighbours(stage, plan), range(most), strict=False):
-        near = changed(stage, changes)
+    compiled = partial(plan_stage, topology=topology, slices=slices, mfu=plan.mfu, chip=plan.chip)
+    for changes in islice(neighbours(stage, plan, find_devices(topology, slices)), most):
         try:
-            part = plan_stage(near, topology, mfu=plan.mfu, only=failed)
+            near = changed(stage, changes)
+            part = compiled(near, only=failed)
             if part.fits:
-                part = plan_stage(near, topology, mfu=plan.mfu, known=part.programs)
+                part = compiled(near, known=part.programs)
             found.append(Neighbour(changes, part))
         except ValueError as error:
             found.append(Neighbour(changes, None, str(error)))
@@ -88,6 +122,23 @@ def what_fits(
         if found[-1].fits:
             break
     return found
+
+
+def _allowed(stage: Stage, devices: Sequence[Any], changes: dict[str, Any]) -> bool:
+    """Whether `run` would take the changed stage's mesh, as far as that can be told from the config."""
+    near = changed(stage, changes)
+    try:
+        mesh = make_mesh(near.mesh, devices)
+        remesh(mesh, near.rollout.mesh, "rollout.mesh")
+        check_split(mesh, _micro(near))
+        check_offloading(near, mesh)
+    except ValueError:
+        return False
+    return True
+
+
+def _micro(stage: Stage) -> int:
+    return stage.train.micro_batch_size or stage.train.batch_size
 
 
 def _rows_of_example(stage: Stage) -> int:

@@ -13,6 +13,7 @@ from jaxalign.planning.programs import stage_programs
 from jaxalign.planning.targets import Chip, chip_of, find_devices
 from jaxalign.run.prepare import Prepared, prepare
 from jaxalign.sections import Stage
+from jaxalign.sharding import MeshConfig, process_count
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Plan:
       stage: its name or its method's.
       target: the slice, or the kind of this machine's devices.
       devices: how many.
+      hosts: that own them, each with a process of the run.
+      slices: that they lie on.
       kind: as jax calls them.
       mesh: devices per axis.
       chip: what each can do.
@@ -36,6 +39,8 @@ class Plan:
     stage: str
     target: str
     devices: int
+    hosts: int
+    slices: int
     kind: str
     mesh: dict[str, int]
     chip: Chip
@@ -78,18 +83,24 @@ def plan_stage(
     stage: Stage,
     topology: str | None = None,
     *,
+    slices: int = 1,
     mfu: float = 0.4,
+    chip: Chip | None = None,
     only: Container[str] | None = None,
     known: Sequence[Measured] = (),
+    prepared: tuple[Prepared, tuple[str, ...]] | None = None,
 ) -> Plan:
     """Compiles a stage's programs for a slice or for this machine; nothing is loaded and nothing runs.
 
     Args:
       stage: its inputs resolved to paths; of models only the config.json is read.
       topology: a TPU slice, for example `v5p:2x2x2`; None for this machine's devices.
+      slices: how many of them, connected by the data centre's network.
       mfu: share of the peak at which the time of a step is given too, in (0, 1].
+      chip: what a device can do; by default what is known of its kind.
       only: names of the programs to measure; all by default.
       known: programs of this very stage and target that were measured before.
+      prepared: this very stage as `prepare_plan` gives it for these devices, where that was done before.
 
     Raises:
       FileNotFoundError: no such model.
@@ -97,9 +108,9 @@ def plan_stage(
     """
     if not 0 < mfu <= 1:
         raise ValueError(f"--mfu {mfu}: a share of the peak, above 0 and at most 1")
-    devices = find_devices(topology)
-    ready, notes = prepare_plan(stage, devices)
-    programs, chip = stage_programs(ready), chip_of(devices[0])
+    devices = find_devices(topology, slices)
+    ready, notes = prepared or prepare_plan(stage, devices)
+    programs, chip = stage_programs(ready), chip or chip_of(devices[0])
     before = {each.name: each for each in known}
     found = tuple(
         before.get(each.name) or measure(each, programs, chip, len(devices))
@@ -107,13 +118,26 @@ def plan_stage(
         if only is None or each.name in only
     )
     rows = programs.programs[-1].arguments[2].rows.tokens
-    title, mesh = stage.name or stage.method_name, {name: size for name, size in ready.mesh.shape.items()}
     kind = devices[0].device_kind
-    target = topology or f"{len(devices)} × {kind}"
-    return Plan(title, target, len(devices), kind, mesh, chip, tuple(rows.shape), notes, found, programs.tokens, mfu)
+    name = topology or f"{len(devices)} × {kind}"
+    return Plan(
+        stage=stage.name or stage.method_name,
+        target=name if slices == 1 else f"{slices} slices of {name}",
+        devices=len(devices),
+        hosts=process_count(ready.mesh),
+        slices=slices,
+        kind=kind,
+        mesh=dict(ready.mesh.shape),
+        chip=chip,
+        shape=tuple(rows.shape),
+        assumptions=notes,
+        programs=found,
+        tokens=programs.tokens,
+        mfu=mfu,
+    )
 
 
-def prepare_plan(stage: Stage, devices: list[Any] | None = None) -> tuple[Prepared, tuple[str, ...]]:
+def prepare_plan(stage: Stage, devices: Sequence[Any] | None = None) -> tuple[Prepared, tuple[str, ...]]:
     """The stage prepared as `run` does, with assumed examples where its data are not here; and what was assumed."""
     notes = ["one process describes all devices"]
     found: data.Data | None = None
@@ -121,13 +145,16 @@ def prepare_plan(stage: Stage, devices: list[Any] | None = None) -> tuple[Prepar
         stage = without_data(stage)
         found, line = assumed_data(stage)
         notes.append(line)
-    ready = prepare(stage, devices=devices, found=found)
+    ready = prepare(stage, devices=None if devices is None else list(devices), found=found)
     return ready, tuple(notes)
 
 
 def changed(stage: Stage, changes: dict[str, Any]) -> Stage:
-    """The stage with settings `section.key` replaced."""
+    """The stage with settings `section.key`, or `rollout.mesh.axis`, replaced."""
     for name, value in changes.items():
-        section, key = name.split(".")
-        stage = replace(stage, **{section: replace(getattr(stage, section), **{key: value})})
+        section, _, key = name.partition(".")
+        whole = getattr(stage, section)
+        if key.startswith("mesh."):
+            key, value = "mesh", replace(whole.mesh or MeshConfig(), **{key.removeprefix("mesh."): value})
+        stage = replace(stage, **{section: replace(whole, **{key: value})})
     return stage

@@ -40,7 +40,8 @@ from jaxalign.training.offload import HOST
 from jaxalign.types import Batch, Experience, Predictions, PyTree, Samples
 
 LOOKED_AT = 64  # batches of real data, of which the largest is planned with
-PARAMETERS, OPTIMIZER, REFERENCE, COPY = "parameters", "optimizer", "reference", "decoding copy"
+PARAMETERS, OPTIMIZER, REFERENCE = "parameters", "optimizer", "reference"
+COPY, DRAWING = "decoding copy", "rollout"
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ def _rollout(ready: Prepared, policy: PyTree, beside: tuple[str, ...], runs: flo
     shards = decode_shards(mesh)
     config, width = sampling_config(ready), prompt_width(ready)
     decoding, generate = rollout.draw_programs(ready.model, config, mesh)
-    copying = Program("decoding copy", decoding, (policy,), (PARAMETERS,), beside, Work(0.0, 0.0, 0), runs)
+    copying = Program(COPY, decoding, (policy,), (PARAMETERS,), beside, Work(0.0, 0.0, 0), runs)
     count = ready.method.rollout_prompts(method, ready.layout.batch_size)
     longest = _longest_prompts(ready, count)
     padded, lengths = rollout.pad_prompts([np.zeros(n, np.int32) for n in longest], width, shards)
@@ -253,7 +254,7 @@ def _rollout(ready: Prepared, policy: PyTree, beside: tuple[str, ...], runs: flo
     arguments = (copying.result(), _shape(padded), _shape(lengths), key)
     # Slots are refilled as often as their share of the completions asks for; each time until the last is done.
     rounds = -(-own // slots)
-    drawing = Program("rollout", generate, arguments, (COPY,), (*beside, COPY), work, runs, (rounds, steps))
+    drawing = Program(DRAWING, generate, arguments, (COPY,), (*beside, COPY), work, runs, (rounds, steps))
     return [copying, drawing]
 
 

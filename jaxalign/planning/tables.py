@@ -45,7 +45,7 @@ def _head(plan: Plan) -> list[str]:
     mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
     micro, rows, length = plan.shape
     return [
-        f"{plan.stage} on {plan.target}: {plan.devices} devices ({plan.kind}), {mesh}",
+        f"{plan.stage} on {plan.target}: {plan.devices} devices ({plan.kind}) of {plan.hosts} host(s), {mesh}",
         f"a step: {micro} micro-batch(es) of {rows} rows of {length} tokens, {plan.tokens:,} of them real",
         *plan.assumptions,
     ]

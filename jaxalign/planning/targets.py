@@ -26,36 +26,41 @@ class Chip:
       flops: bfloat16 FLOP/s.
       bandwidth: bytes/s between its memory and its cores.
       links: bytes/s that it can send to its neighbours, one direction, all links together.
+      network: bytes/s that it can send to other slices: its share of the data centre's network.
     """
 
     memory: float
     flops: float | None = None
     bandwidth: float | None = None
     links: float | None = None
+    network: float | None = None
 
 
-# Device kind -> the device. FLOP/s, bandwidths and links are from Google Cloud's page of each TPU version
-# (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x), the links half of the bidirectional figure; memory is what
-# the compiler says it has, somewhat less than the chip. TPU v4 and TPU7x are two devices per chip.
+# Device kind -> memory, links, network between slices; FLOP/s and bandwidth of the memory are those of `run.hardware`.
+# Memory is what the compiler says it has, somewhat less than the chip. Links and network are from Google Cloud's pages
+# (docs.cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x): half of the bidirectional figure, and a chip's share of the
+# pod's. A TPU7x chip is two devices. TPU v4 is not here: libtpu describes two devices per chip, one that runs is one.
 TPUS = {
-    "TPU v4": Chip(15.25 * GIB, 137.5e12, 614e9, 150e9),
-    "TPU v5 lite": Chip(15.75 * GIB, 197e12, 819e9, 200e9),
-    "TPU v5": Chip(95.74 * GIB, 459e12, 2765e9, 600e9),
-    "TPU v6 lite": Chip(31.25 * GIB, 918e12, 1638e9, 400e9),
-    "TPU7x": Chip(94.75 * GIB, 1153.5e12, 3690e9, 300e9),
+    "TPU v5 lite": (15.75 * GIB, 200e9, 6.4e12 / 8 / 256),
+    "TPU v5": (95.74 * GIB, 600e9, None),
+    "TPU v6 lite": (31.25 * GIB, 400e9, 25.6e12 / 8 / 256),
+    "TPU7x": (94.75 * GIB, 300e9, None),
 }
-KNOWN = "v4:2x2x1, v5e:2x4, v5p:2x2x2, v6e:4x8, tpu7x:2x2x1"
+KNOWN = "v5e:2x4, v5p:2x2x2, v6e:4x8, tpu7x:2x2x1"
 
 
-def find_devices(topology: str | None) -> list[Any]:
-    """The devices of a TPU slice that need not be here, or this machine's.
+def find_devices(topology: str | None, slices: int = 1) -> list[Any]:
+    """The devices of TPU slices that need not be here, or this machine's.
 
     Args:
-      topology: version and shape, for example `v5p:4x4x4`; None for this machine.
+      topology: version and shape of a slice, for example `v5p:4x4x4`; None for this machine.
+      slices: how many of them.
 
     Raises:
-      ValueError: there is no such topology, or libtpu is not installed.
+      ValueError: there is no such topology, nothing is known of its chips, or libtpu is not installed.
     """
+    if slices < 1 or (slices > 1 and topology is None):
+        raise ValueError(f"--slices {slices}: a number of slices, at least 1, of the shape that --topology names")
     if topology is None:
         return jax.devices()
     if not re.fullmatch(r"\w+:\d+(x\d+)*", topology):
@@ -66,24 +71,30 @@ def find_devices(topology: str | None) -> list[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     if jax.config.values["jax_platforms"] is None:
         jax.config.update("jax_platforms", "cpu")
+    several = {} if slices == 1 else {"num_slices": slices}
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **several)
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError, NotImplementedError) as error:
         first = str(error).splitlines()[0][:200]
         raise ValueError(
             f"--topology {topology}: libtpu knows no such slice; examples are {KNOWN}. It said: {first}"
         ) from error
-    return list(found.devices)
+    devices = list(found.devices)
+    if devices[0].device_kind not in TPUS:
+        kind = devices[0].device_kind
+        raise ValueError(f"--topology {topology}: a {kind} cannot be planned for; what can are {KNOWN} and their like")
+    return devices
 
 
 def chip_of(device: Any) -> Chip:
     """What a device can do; of CPUs and unknown GPUs only the memory."""
     kind = device.device_kind
+    peak = peak_of(kind)
+    best = {} if peak is None else peak._asdict()
     if kind in TPUS:
-        return TPUS[kind]
+        memory, links, network = TPUS[kind]
+        return Chip(memory, links=links, network=network, **best)
     if device.platform == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return Chip(memory / len(jax.local_devices()))  # virtual devices share the machine
-    limit = (device.memory_stats() or {}).get("bytes_limit", 0)
-    peak = peak_of(kind)
-    return Chip(limit) if peak is None else Chip(limit, peak.flops, peak.bandwidth)
+    return Chip((device.memory_stats() or {}).get("bytes_limit", 0), **best)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 
 class Peak(NamedTuple):
-    """What a maker's data sheet says of one device.
+    """What a maker's data sheet says of one device, as jax lists them.
 
     Attributes:
       flops: dense bfloat16 operations a second, with float32 sums and without sparsity.
@@ -23,13 +23,14 @@ class Peak(NamedTuple):
     bandwidth: float
 
 
-# The first name within the device kind counts.
+# The first name within the device kind counts. A device is what jax lists: of TPU7x half a chip, of TPU v4 a whole one.
+# TPUs: Google Cloud's page of each version (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x).
 PEAKS: tuple[tuple[str, Peak], ...] = (
-    ("TPU7x", Peak(2307e12, 7.38e12)),
-    ("TPU v6", Peak(918e12, 1.64e12)),
+    ("TPU7x", Peak(1153.5e12, 3.69e12)),
+    ("TPU v6", Peak(918e12, 1.638e12)),
     ("TPU v5p", Peak(459e12, 2.765e12)),
-    ("TPU v5 lite", Peak(197e12, 0.82e12)),
-    ("TPU v5e", Peak(197e12, 0.82e12)),
+    ("TPU v5 lite", Peak(197e12, 0.819e12)),
+    ("TPU v5e", Peak(197e12, 0.819e12)),
     ("TPU v5", Peak(459e12, 2.765e12)),
     ("TPU v4", Peak(275e12, 1.228e12)),
     ("GB200", Peak(2500e12, 8e12)),

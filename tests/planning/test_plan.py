@@ -10,72 +10,27 @@ import yaml
 from typer.testing import CliRunner
 
 from jaxalign.cli import app
-from jaxalign.config import load_config
 from jaxalign.models import load_config as load_model_config
-from jaxalign.planning import plan_stage, prepare_plan, what_fits
+from jaxalign.planning import plan_stage, prepare_plan
 from jaxalign.planning.programs import device_bytes, stage_programs
 from jaxalign.planning.work import Work, forward_of_batch, generation_of
-from jaxalign.run import pick_stage
 from jaxalign.types import Batch, Predictions, TokenRows
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"
+from tests.planned import (
+    DIM,
+    HEADS,
+    KV,
+    LAYERS,
+    MATRICES,
+    MLP,
+    NORMS,
+    PARAMETERS,
+    VOCAB,
+    WIDTH,
+    needs_libtpu,
+    offline,
+    online,
+    stage_of,
 )
-LAYERS, WIDTH, HEADS, KV, DIM, MLP, VOCAB = 2, 64, 4, 2, 16, 128, 320
-
-
-@pytest.fixture
-def bare(tmp_path):
-    """A folder with a config.json and nothing else."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": VOCAB,
-        "hidden_size": WIDTH,
-        "intermediate_size": MLP,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV,
-        "head_dim": DIM,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "eos_token_id": 2,
-    }
-    for name, more in {
-        "bare": {},
-        "scorer": {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1},
-    }.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({**config, **more, "pad_token_id": 0}))
-    return tmp_path / "bare"
-
-
-def stage_of(tmp_path, settings):
-    path = tmp_path / "plan.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return pick_stage(load_config(path, data_needed=False), None)
-
-
-def offline(bare, method, **train):
-    return {
-        "model": {"path": str(bare)},
-        "data": {"max_length": 128},
-        "method": method,
-        "mesh": {"data": 2, "fsdp": 4},
-        "train": {"batch_size": 16, "micro_batch_size": 8, "max_steps": 3, **train},
-    }
-
-
-# Every matrix is split over the four devices of `fsdp`; norms are whole.
-MATRICES = (
-    2 * VOCAB * WIDTH
-    + LAYERS * (WIDTH * DIM * (2 * HEADS + 2 * KV) + 3 * WIDTH * MLP)
-)  # fmt: skip
-NORMS = WIDTH * (2 * LAYERS + 1)
-PARAMETERS = 4 * (MATRICES // 4 + NORMS)
 
 
 def test_memory_by_hand(bare, tmp_path):
@@ -133,17 +88,6 @@ def test_work_of_a_step(bare, tmp_path):
     assert device_bytes(adapter.held["optimizer"]) == 2 * 4 * LAYERS * 4 * ends + 20
 
 
-def online(bare, method, **changes):
-    return {
-        "model": {"path": str(bare)},
-        "data": {"max_length": 33, "max_prompt_length": 32},
-        "method": {"max_completion_length": 16, **method},
-        "mesh": {"data": 2, "fsdp": 4},
-        "train": {"batch_size": 8, "max_steps": 3},
-        **changes,
-    }
-
-
 def test_ppo_with_critic_and_reward_model(bare, tmp_path):
     scorer = str(bare.parent / "scorer")
     settings = online(bare, {"name": "ppo", "critic": "separate"}, rollout={"rewards": [{"model": scorer}]})
@@ -180,22 +124,6 @@ def test_grpo_decodes_as_often_as_it_says(bare, tmp_path):
     assert long.traffic.moved - short.traffic.moved > 16 * PARAMETERS / 4
 
 
-def test_a_suggestion_is_compiled(bare, tmp_path):
-    settings = offline(bare, {"name": "sft"}, batch_size=32, micro_batch_size=32)
-    settings["model"]["remat"] = "none"
-    stage = stage_of(tmp_path, settings)
-    plan = plan_stage(stage)
-    chip = replace(plan.chip, memory=plan.peak * 0.5)
-    small = replace(plan, chip=chip, programs=tuple(replace(each, fits=False) for each in plan.programs))
-    assert not small.fits
-    told = []
-    found = what_fits(stage, small, None, most=1, tell=told.append)
-    assert told == found
-    assert found[0].changes == {"model.remat": "full"}
-    assert found[0].plan is not None
-    assert found[0].plan.peak < plan.peak
-
-
 def test_command(bare, tmp_path):
     path, output = tmp_path / "plan.yaml", tmp_path / "plan.json"
     path.write_text(yaml.safe_dump(offline(bare, {"name": "sft"})))
@@ -203,7 +131,7 @@ def test_command(bare, tmp_path):
     assert shown.exit_code == 0
     written = json.loads(output.read_text())
     assert written["fits"] is True
-    assert written["programs"][0]["memory"]["parameters"] == PARAMETERS
+    assert written["stages"][0]["programs"][0]["memory"]["parameters"] == PARAMETERS
     assert "no data: examples of data.max_length=128 tokens" in shown.output
     table = CliRunner().invoke(app, ["plan", str(path), "--shardings"], catch_exceptions=False).output
     assert "params/params/embed/embedding" in table
@@ -235,6 +163,7 @@ def test_without_libtpu(bare, tmp_path, monkeypatch):
 
 
 @needs_libtpu
+@pytest.mark.usefixtures("compiled_anew")
 def test_a_slice_that_is_not_here(bare, tmp_path):
     stage = stage_of(tmp_path, offline(bare, {"name": "sft"}))
     plan = plan_stage(stage, "v5e:2x4")

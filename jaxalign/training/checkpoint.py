@@ -4,7 +4,7 @@ A checkpoint exists once its `SHA256SUMS` does, and that is written after Orbax 
 processes have read their shares of it. Old checkpoints are deleted only after that, so there is something sound to
 resume from at every moment. No process goes on from `wait` before that, lest it leave while others work. One killed
 
-- inside a save leaves a temporary folder, which Orbax ignores and clears away;
+- inside a save leaves a temporary folder, which is reported, and cleared away by Orbax at the next save;
 - between commit and checksums leaves a step without `SHA256SUMS`: not saved, the step before is used;
 - while an old checkpoint is deleted leaves a step whose `SHA256SUMS` went first: not saved either.
 """
@@ -191,13 +191,15 @@ class Checkpoints:
         """The newest sound step (or `step`), NONE or DAMAGED, the same on all processes; and why newer ones are not."""
         rejected: list[Rejected] = []
         talk = Messages(f"steps of {self.folder}")
-        for each in reversed(talk.from_first(lambda: _folders(self.folder), PATIENCE) if step is None else [step]):
-            reason = verify(self.folder / str(each))
+        look = lambda: [_folders(self.folder), _begun(self.folder)]  # noqa: E731
+        saved, begun = talk.from_first(look, PATIENCE) if step is None else ([step], [])
+        for each in sorted({*saved, *begun}, reverse=True):
+            reason = verify(self.folder / str(each)) if each in saved else UNFINISHED
             if reason is None:
                 return each, tuple(rejected)
             rejected.append(Rejected(each, reason))
         # One save is under way at most: a lone unfinished one is the first of a run that was killed: nothing was saved.
-        nothing = all(bad.reason == UNFINISHED for bad in rejected) and len(rejected) <= 1
+        nothing = all(bad.reason == UNFINISHED for bad in rejected) and len(saved) <= 1
         return NONE if nothing and step is None else DAMAGED, tuple(rejected)
 
     def _read(self, step: int, like: PyTree, source: bool, rejected: tuple[Rejected, ...]) -> Restored:
@@ -299,6 +301,12 @@ def _folders(folder: epath.Path) -> list[int]:
     """Numbers of the step folders, ascending; Orbax commits by renaming to the bare number."""
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _begun(folder: epath.Path) -> list[int]:
+    """Numbers of the steps that Orbax had begun to write and not committed."""
+    names = [path.name for path in folder.glob("*.orbax-checkpoint-tmp*")] if folder.exists() else []
+    return sorted({int(name.partition(".")[0]) for name in names if name.partition(".")[0].isdecimal()})
 
 
 def _remove(path: epath.Path) -> None:

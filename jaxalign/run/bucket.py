@@ -23,7 +23,8 @@ from jaxalign.buckets import check_writable, delete, download, is_url, listing, 
 from jaxalign.config import RunConfig
 from jaxalign.exchange import is_first
 from jaxalign.run.folder import locked
-from jaxalign.training.checkpoint import SUMS, Checkpoints
+from jaxalign.training.checkpoint import Checkpoints
+from jaxalign.training.sums import SUMS
 
 DIRECT = ("gs://",)
 CHECKPOINTS, EXPORT, CONFIG = "checkpoints/", "export/", "config.json"

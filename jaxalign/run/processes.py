@@ -162,12 +162,14 @@ def code_of(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else MEND
     if isinstance(error, KeyboardInterrupt):
         return 130
-    told = str(error)
     # Of what the runtime raises: connections broken or closed. Memory that ran out or a wrong program does not mend.
-    broken = isinstance(error, jax.errors.JaxRuntimeError) and re.search(
-        r"Gloo|NCCL|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|Connection|socket|heartbeat", told, re.I
-    )
-    return LOST if broken else MEND
+    broken = r"Gloo|NCCL|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|Connection|socket|heartbeat"
+    cause: BaseException | None = error
+    while cause is not None:  # a save that failed because another process is gone is an OSError
+        if isinstance(cause, jax.errors.JaxRuntimeError) and re.search(broken, str(cause), re.I):
+            return LOST
+        cause = cause.__cause__
+    return MEND
 
 
 def _connect(group: Group, seconds: float) -> bool:

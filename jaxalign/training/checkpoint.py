@@ -1,9 +1,10 @@
 """Checkpoints: asynchronous Orbax saves, a SHA-256 of every file, fallback to the step before.
 
-A checkpoint exists once its `SHA256SUMS` does, and that is written after Orbax has committed the step's folder. Old
-checkpoints are deleted only after that, so there is something sound to resume from at every moment. A process killed
+A checkpoint exists once its `SHA256SUMS` does, and that is written after Orbax has committed the step's folder and all
+processes have read their shares of it. Old checkpoints are deleted only after that, so there is something sound to
+resume from at every moment. No process goes on from `wait` before that, lest it leave while others work. One killed
 
-- inside a save leaves a temporary folder, which Orbax ignores and clears away;
+- inside a save leaves a temporary folder, which is reported, and cleared away by Orbax at the next save;
 - between commit and checksums leaves a step without `SHA256SUMS`: not saved, the step before is used;
 - while an old checkpoint is deleted leaves a step whose `SHA256SUMS` went first: not saved either.
 """
@@ -11,28 +12,25 @@ checkpoints are deleted only after that, so there is something sound to resume f
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
+from jaxalign.exchange import Messages, is_first
 from jaxalign.training import storable
+from jaxalign.training.sums import PATIENCE, SUMS, UNFINISHED, patience, sum_up, verify, write_sums
 from jaxalign.types import PyTree
 
 logger = logging.getLogger("jaxalign")
 
-SUMS = "SHA256SUMS"
-UNFINISHED = f"the save did not finish (no {SUMS})"
 NONE, DAMAGED = -1, -2
 
 
@@ -53,7 +51,7 @@ class Restored:
       state: a tree of the structure and shardings asked for.
       source: what was saved of the source; None where it was not asked for.
       meta: the JSON object saved with it.
-      rejected: newer steps that could not be used (on process 0).
+      rejected: newer steps that could not be used.
     """
 
     step: int
@@ -130,14 +128,16 @@ class Checkpoints:
         items = ocp.args.Composite(**args, meta=ocp.args.JsonSave({"meta": meta, "source": skeleton}))
         with self._reporting(step):
             self._make_room(step)
-            manager = self._open(step)
+            seconds = patience(sum(leaf.nbytes for leaf in jax.tree.leaves((state, arrays))))
+            manager = self._open(step, seconds)
             manager.save(step, args=items, force=True)
         self.latest = step
-        self._thread = threading.Thread(target=self._finish, args=(manager, step, frozenset(keep)), name="checkpoint")
+        background = (manager, step, frozenset(keep), seconds)
+        self._thread = threading.Thread(target=self._finish, args=background, name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
-        """Blocks until the save in the background is complete, checksums included.
+        """Blocks until the save in the background is complete, checksums included, on all processes.
 
         Raises:
           OSError: it could not be written; names the folder. What was saved before is untouched.
@@ -176,7 +176,7 @@ class Checkpoints:
         """
         self.wait()
         chosen, rejected = self._choose(step)
-        for bad in rejected:
+        for bad in rejected if is_first() else ():
             logger.warning("checkpoint %s is not used: %s", self.folder / str(bad.step), bad.reason)
         if chosen == DAMAGED:
             reasons = "; ".join(f"{bad.step}: {bad.reason}" for bad in rejected)
@@ -188,15 +188,19 @@ class Checkpoints:
         return self._read(chosen, like, source, rejected)
 
     def _choose(self, step: int | None) -> tuple[int, tuple[Rejected, ...]]:
-        """The newest sound step (or `step`), NONE or DAMAGED; process 0 decides for all."""
-        chosen, rejected = NONE, ()
-        if jax.process_index() == 0:
-            chosen, rejected = _newest_sound(self.folder, _folders(self.folder) if step is None else [step])
-            if step is not None and chosen == NONE:
-                chosen = DAMAGED
-        if jax.process_count() > 1:
-            chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
-        return chosen, rejected
+        """The newest sound step (or `step`), NONE or DAMAGED, the same on all processes; and why newer ones are not."""
+        rejected: list[Rejected] = []
+        talk = Messages(f"steps of {self.folder}")
+        look = lambda: [_folders(self.folder), _begun(self.folder)]  # noqa: E731
+        saved, begun = talk.from_first(look, PATIENCE) if step is None else ([step], [])
+        for each in sorted({*saved, *begun}, reverse=True):
+            reason = verify(self.folder / str(each)) if each in saved else UNFINISHED
+            if reason is None:
+                return each, tuple(rejected)
+            rejected.append(Rejected(each, reason))
+        # One save is under way at most: a lone unfinished one is the first of a run that was killed: nothing was saved.
+        nothing = all(bad.reason == UNFINISHED for bad in rejected) and len(saved) <= 1
+        return NONE if nothing and step is None else DAMAGED, tuple(rejected)
 
     def _read(self, step: int, like: PyTree, source: bool, rejected: tuple[Rejected, ...]) -> Restored:
         path = self.folder / str(step)
@@ -212,10 +216,11 @@ class Checkpoints:
             step, state, storable.unpack(meta["source"], arrays) if source else None, meta["meta"], rejected
         )
 
-    def _open(self, step: int) -> ocp.CheckpointManager:
+    def _open(self, step: int, seconds: float) -> ocp.CheckpointManager:
         if self._manager is None:
             # Orbax keeps all: it would delete old steps before their successor has checksums. `_prune` does it after.
-            options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
+            waiting = ocp.AsyncOptions(timeout_secs=math.ceil(seconds))
+            options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True, async_options=waiting)
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         elif step in self._manager.all_steps():
             self._manager.reload()
@@ -224,25 +229,32 @@ class Checkpoints:
     def _make_room(self, step: int) -> None:
         """Moves a damaged folder of this number aside and removes an unfinished one."""
         path = self.folder / str(step)
-        if jax.process_index() == 0 and path.exists():
-            reason = verify(path)
-            if reason is None:
-                raise ValueError(f"step {step} is saved already in {self.folder}")
-            _remove(path) if reason == UNFINISHED else path.rename(_free_name(path))
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"checkpoint {step}: room")
+        talk = Messages(f"room for {path}")
+        if not talk.from_first(path.exists, PATIENCE):
+            return
+        reason = verify(path)
+        if reason is None:
+            raise ValueError(f"step {step} is saved already in {self.folder}")
 
-    def _finish(self, manager: ocp.CheckpointManager, step: int, keep: frozenset[int]) -> None:
+        def move() -> None:
+            _remove(path) if reason == UNFINISHED else path.rename(_free_name(path))
+
+        talk.from_first(move, PATIENCE)
+
+    def _finish(self, manager: ocp.CheckpointManager, step: int, keep: frozenset[int], seconds: float) -> None:
         """Runs in the background: after the commit checksums, then deletes what is too old."""
         try:
             manager.wait_until_finished()
-            if jax.process_index() == 0:
-                self._before()
-                write_sums(self.folder / str(step))
-                self._prune(step, keep)
-                self._after(self.steps())
+            sum_up(self.folder / str(step), lambda sums: self._complete(step, keep, sums), seconds)
         except BaseException as error:  # kept for the main thread, which raises it
             self._failure = (step, error)
+
+    def _complete(self, step: int, keep: frozenset[int], sums: dict[str, str]) -> None:
+        """On process 0: makes the step count."""
+        self._before()
+        write_sums(self.folder / str(step), sums)
+        self._prune(step, keep)
+        self._after(self.steps())
 
     def _prune(self, newest: int, keep: frozenset[int]) -> None:
         """Deletes all but the last `save_total_limit` up to `newest`; later ones are left-overs yet to be replaced."""
@@ -254,7 +266,7 @@ class Checkpoints:
 
     def _discard(self, step: int) -> None:
         """Frees the disk of what a failed save has left."""
-        if jax.process_index() == 0 and self.folder.exists():
+        if is_first() and self.folder.exists():
             for path in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
                 path.rmtree(missing_ok=True)
 
@@ -271,24 +283,6 @@ class Checkpoints:
             raise self._named(step, error) from error
 
 
-def verify(path: epath.Path) -> str | None:
-    """Why a step's folder cannot be trusted; None when every file has the SHA-256 that it was saved with."""
-    if not path.exists():
-        return "it does not exist"
-    if not (path / SUMS).exists():
-        return UNFINISHED
-    expected = _read_sums(path)
-    present = set(_files(path))
-    if missing := sorted(set(expected) - present):
-        return f"{missing[0]} is missing"
-    if unknown := sorted(present - set(expected)):
-        return f"{unknown[0]} is not in {SUMS}"
-    with ThreadPoolExecutor() as pool:
-        actual = dict(zip(expected, pool.map(lambda name: _sha256(path / name), expected), strict=True))
-    changed = [name for name in expected if actual[name] != expected[name]]
-    return f"{changed[0]} is not what was saved (its SHA-256 differs)" if changed else None
-
-
 def saved_any(folder: str | os.PathLike[str]) -> bool:
     """Whether a checkpoint was ever completed in a folder (local path or bucket), sound or damaged by now."""
     place = epath.Path(folder)
@@ -303,50 +297,16 @@ def remove_unfinished(folder: str | os.PathLike[str]) -> None:
             path.rmtree()
 
 
-def write_sums(path: epath.Path) -> None:
-    """Writes the SHA-256 of every file under `path` into `SHA256SUMS` (`sha256sum -c` reads it), atomically."""
-    lines = [f"{_sha256(path / name)}  {name}\n" for name in _files(path)]
-    temporary = path / f"{SUMS}.tmp"
-    temporary.write_text("".join(lines))
-    temporary.replace(path / SUMS)
-
-
-def _read_sums(path: epath.Path) -> dict[str, str]:
-    text = (path / SUMS).read_bytes().decode(errors="replace")
-    pairs = (line.partition("  ") for line in text.splitlines())
-    return {name: digest for digest, _, name in pairs}
-
-
-def _files(path: epath.Path) -> list[str]:
-    """Files under `path` by relative name, sorted, without the checksums themselves."""
-    names = [str((folder / name).relative_to(path)) for folder, _, files in path.walk() for name in files]
-    return sorted(name for name in names if name not in (SUMS, f"{SUMS}.tmp"))
-
-
-def _sha256(path: epath.Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _folders(folder: epath.Path) -> list[int]:
     """Numbers of the step folders, ascending; Orbax commits by renaming to the bare number."""
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def _newest_sound(folder: epath.Path, steps: list[int]) -> tuple[int, tuple[Rejected, ...]]:
-    rejected = []
-    for step in reversed(steps):
-        reason = verify(folder / str(step))
-        if reason is None:
-            return step, tuple(rejected)
-        rejected.append(Rejected(step, reason))
-    # One save is under way at most: a lone unfinished one is the first of a run that was killed, so nothing was saved.
-    nothing = all(bad.reason == UNFINISHED for bad in rejected) and len(rejected) <= 1
-    return NONE if nothing else DAMAGED, tuple(rejected)
+def _begun(folder: epath.Path) -> list[int]:
+    """Numbers of the steps that Orbax had begun to write and not committed."""
+    names = [path.name for path in folder.glob("*.orbax-checkpoint-tmp*")] if folder.exists() else []
+    return sorted({int(name.partition(".")[0]) for name in names if name.partition(".")[0].isdecimal()})
 
 
 def _remove(path: epath.Path) -> None:

@@ -72,6 +72,10 @@ def test_exit_codes():
 
     assert code_of(JaxRuntimeError("UNKNOWN: Gloo AllReduce failed: Connection closed by peer [10.0.0.2]:99")) == LOST
     assert code_of(JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes")) == MEND
+    unsaved, full = OSError("cannot save checkpoint 8 in /shared/run"), OSError(28, "cannot save checkpoint 8")
+    unsaved.__cause__ = JaxRuntimeError("UNAVAILABLE: the coordination service is not there any more")
+    full.__cause__ = OSError(28, "No space left on device")
+    assert code_of(unsaved) == LOST and code_of(full) == MEND
     assert code_of(ValueError("data.path: no such file")) == MEND and code_of(KeyboardInterrupt()) == 130
     text = (ROOT / "docs" / "scale.md").read_text()
     assert {str(code) for code in (0, MEND, LOST, SAVED)} <= set(re.findall(r"^\| (\d+)", text, re.M))

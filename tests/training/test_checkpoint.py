@@ -222,15 +222,21 @@ def test_saving_a_sound_step_again_is_an_error(folder):
     restored_is(folder, 30, {})
 
 
-def test_what_a_kill_inside_a_save_leaves_is_ignored_and_cleared_away(folder):
+def test_what_a_kill_inside_a_save_leaves_is_reported_and_cleared_away(folder, caplog):
     left = folder / "40.orbax-checkpoint-tmp"
     shutil.copytree(folder / "30", left)
     (left / checkpoint.SUMS).unlink()
     largest(left).unlink()
-    restored_is(folder, 30, {})
+    restored_is(folder, 30, {40: checkpoint.UNFINISHED})
+    assert f"40 is not used: {checkpoint.UNFINISHED}" in caplog.text
     fill(folder, 50)
     restored_is(folder, 50, {})
     assert not left.exists()
+
+
+def test_a_kill_inside_the_first_save_leaves_nothing(folder, tmp_path):
+    shutil.copytree(folder / "30", tmp_path / "first" / "30.orbax-checkpoint-tmp")
+    assert Checkpoints(tmp_path / "first").restore(make_state(0)) is None
 
 
 def test_a_kill_between_commit_and_checksums_falls_back(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 #
 #   launch/local.sh [-n PROCESSES] [-d CPU_DEVICES] [-r RESTARTS] CONFIG [a.b=value ...]
 #
-#   -n  processes; 1 by default. GPUs are dealt out evenly.
+#   -n  processes; 1 by default. GPUs (those of CUDA_VISIBLE_DEVICES, if it is set) are dealt out evenly.
 #   -d  CPU devices of each process, to try a layout without accelerators
 #   -r  how often to start again, 3 by default
 set -euo pipefail
@@ -33,11 +33,18 @@ if [[ -n $devices ]]; then
   # Splits the host into several devices, as a slice of accelerators would be.
   export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
 fi
-gpus=0
-if [[ ${JAX_PLATFORMS:-} != cpu && $processes -gt 1 ]] && command -v nvidia-smi > /dev/null; then
-  gpus=$(nvidia-smi -L | wc -l)
-  if ((gpus % processes)); then
-    echo "local: $gpus GPUs cannot be dealt out evenly to $processes processes; take another -n" >&2
+gpus=()
+if [[ ${JAX_PLATFORMS:-} != cpu && $processes -gt 1 ]]; then
+  if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    # -1 is how all of them are hidden.
+    [[ $CUDA_VISIBLE_DEVICES == -1 ]] || IFS=, read -ra gpus <<< "$CUDA_VISIBLE_DEVICES"
+  elif command -v nvidia-smi > /dev/null; then
+    while read -r; do
+      gpus+=("${#gpus[@]}")
+    done < <(nvidia-smi -L)
+  fi
+  if ((${#gpus[@]} % processes)); then
+    echo "local: ${#gpus[@]} GPUs cannot be dealt out evenly to $processes processes; take another -n" >&2
     exit 2
   fi
 fi
@@ -58,27 +65,30 @@ while True:
 }
 
 children=() statuses=() stopping='' interrupted=''
-trap 'stopping=yes interrupted=yes; kill -TERM "${children[@]}" 2> /dev/null' TERM INT
+# A signal may come when there are no children yet, or some of them no more.
+stop() { [[ ${#children[@]} -eq 0 ]] || kill -TERM "${children[@]}" 2> /dev/null || true; }
+trap 'stopping=yes interrupted=yes; stop' TERM INT
 
 start() {
-  local i share
+  local i share=$((${#gpus[@]} / processes))
   children=()
   if [[ $processes -gt 1 ]]; then
     JAXALIGN_COORDINATOR=127.0.0.1:$(free_port)
     export JAXALIGN_COORDINATOR JAXALIGN_PROCESSES=$processes
   fi
+  [[ -z $stopping ]] || exit 143
   for ((i = 0; i < processes; i++)); do
     (
       [[ $processes -eq 1 ]] || export JAXALIGN_PROCESS=$i
-      if ((gpus)); then
-        share=$((gpus / processes))
-        CUDA_VISIBLE_DEVICES=$(seq -s, $((i * share)) $((i * share + share - 1)))
+      if ((share)); then
+        CUDA_VISIBLE_DEVICES=$(IFS=, && echo "${gpus[*]:i * share:share}")
         export CUDA_VISIBLE_DEVICES
       fi
       exec "$here/worker.sh" "$@"
     ) &
     children+=($!)
   done
+  [[ -z $stopping ]] || stop
 }
 
 # Waits for all, and leaves what they ended with in `statuses`; after a signal, which ends `wait` early, once more.

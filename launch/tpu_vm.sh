@@ -135,18 +135,18 @@ ensure() {
   done
 }
 
+# The repository as it is now, committed or not, without what git ignores: later starts run the same.
+pack=$(mktemp -d)
+trap 'rm -rf "$pack"' EXIT
+trap 'exit 130' INT
+(cd "$here/.." && git ls-files -z --cached --others --exclude-standard |
+  tar --null --ignore-failed-read --files-from=- -czf "$pack/jaxalign.tgz")
+cp "$config" "$pack/jaxalign.yaml"
+
 install() {
-  local pack
-  pack=$(mktemp -d)
-  # What is committed and what is not, without what git ignores.
-  (cd "$here/.." && git ls-files -z --cached --others --exclude-standard |
-    tar --null --ignore-failed-read --files-from=- -czf "$pack/jaxalign.tgz")
-  cp "$config" "$pack/jaxalign.yaml"
   say "installing on all machines"
   gcloud compute tpus tpu-vm scp "$pack/jaxalign.tgz" "$pack/jaxalign.yaml" "$name:" --zone "$zone" "${project[@]}" \
-    --worker=all || return
-  rm -r "$pack"
-  on all "$INSTALL"
+    --worker=all && on all "$INSTALL"
 }
 
 # What the machines run. A run that is under way is left alone, and so is its installation.
@@ -156,38 +156,63 @@ INSTALL="$RUNNING || { rm -rf jaxalign-src .jaxalign && mkdir jaxalign-src && ta
   python3 -m pip install --quiet --user uv && .local/bin/uv venv --quiet --python 3.12 .jaxalign &&
   .local/bin/uv pip install --quiet --python .jaxalign/bin/python --constraint jaxalign-src/constraints.txt \
     './jaxalign-src[tpu,gcs]'; }"
-# Detached: it goes on when this machine, or the connection to it, does not.
-printf -v quoted '%q ' jaxalign.yaml "runs_dir=$bucket" "$@"
-START="$RUNNING || { rm -f run.status; PATH=\$HOME/.jaxalign/bin:\$PATH JAXALIGN_PROCESSES=auto nohup setsid \
-bash -c 'echo \$\$ > run.pid; jaxalign-src/launch/worker.sh \"\$@\"; echo \$? > run.status' run $quoted\
-> run.log 2>&1 < /dev/null & sleep 2; }"
+# Detached: it goes on when this machine, or the connection to it, does not. In the repository, as paths in a config are.
+printf -v quoted '%q ' ../jaxalign.yaml "runs_dir=$bucket" "$@"
+START="if $RUNNING; then echo \"under way\"; else rm -f run.status
+PATH=\$HOME/.jaxalign/bin:\$PATH JAXALIGN_PROCESSES=auto nohup setsid \
+bash -c 'echo \$\$ > run.pid; (cd jaxalign-src && launch/worker.sh \"\$@\"); echo \$? > run.status' run $quoted\
+> run.log 2>&1 < /dev/null & sleep 2; fi"
 # Process 0 logs for all; errors of the others are in their own run.log.
-FOLLOW='tail -n +1 -F run.log & t=$!; while [ ! -s run.status ]; do sleep 2; done; sleep 2; kill $t'
-STATUS='if [ -s run.status ]; then echo "ended $(cat run.status)"; else tail -n 3 run.log; echo "running"; fi'
+FOLLOW="tail -n LINES -F run.log & t=\$!; while $RUNNING; do sleep 2; done; sleep 2; kill \$t"
+STATUS="if $RUNNING; then tail -n 3 run.log; echo \"running\"
+elif [ -s run.status ]; then echo \"ended \$(cat run.status)\"; else echo \"gone\"; fi"
+STOP="if $RUNNING; then kill -KILL -- \"-\$(cat run.pid)\"; fi"
 
-# Starts and follows; gives what the worst of the machines ended with, 75 where one could not be asked.
+# Starts and follows; gives what the worst of the machines ended with, 75 where one of them does not say.
 once() {
-  local answers statuses
-  on all "$START" || return 75
-  on 0 "$FOLLOW" || true
-  for ((i = 0; i < 30; i++)); do
-    answers=$(on all "$STATUS") || return 75
-    grep -q '^running' <<< "$answers" || break
+  local workers answers statuses lines=+1 i
+  workers=$(gcloud compute tpus tpu-vm describe "$name" --zone "$zone" "${project[@]}" \
+    --format='value(networkEndpoints.len())') || return 75
+  answers=$(on all "$START") || return 75
+  # The connection was lost, the run was not: that start is not counted.
+  if ((attempt > 0)) && [[ $(grep -c '^under way$' <<< "$answers") -eq $workers ]]; then
+    attempt=$((attempt - 1))
+  fi
+  while :; do
+    on 0 "${FOLLOW/LINES/$lines}" || true
+    answers=$(on 0 "$STATUS") || return 75
+    [[ $answers == *running ]] || break
+    lines=10
     sleep "$poll"
   done
+  # The others end within a minute of the first, or hang.
+  for ((i = 0; i < ${JAXALIGN_TRIES:-30}; i++)); do
+    answers=$(on all "$STATUS") || return 75
+    grep -q '^running$' <<< "$answers" || break
+    sleep "$poll"
+  done
+  if grep -q '^running$' <<< "$answers"; then
+    say "a machine still runs though the first has ended: its process is killed"
+    on all "$STOP" || true
+  fi
   mapfile -t statuses < <(sed -n 's/^ended \([0-9]*\)$/\1/p' <<< "$answers")
-  ((${#statuses[@]})) || return 75
+  ((${#statuses[@]} == workers)) || statuses+=(75)
   return "$(worst "${statuses[@]}")"
 }
 
 for ((attempt = 0; ; attempt++)); do
   ensure
   status=0
-  { install && once "$@"; } || status=$?
+  if install; then
+    once || status=$?
+  else
+    status=75
+  fi
   if ! again "$status" || ((attempt >= restarts)); then
     break
   fi
   say "ended with status $status, starting again ($((attempt + 1)) of $restarts)"
+  sleep "$poll"
 done
 say "ended with status $status; the run is in $bucket"
 if [[ -n $delete ]]; then

@@ -74,7 +74,7 @@ watch_notice() {
   while kill -0 "$child" 2> /dev/null; do
     if [[ $(ask preempted) == TRUE || $(ask maintenance-event) == TERMINATE_ON_HOST_MAINTENANCE ]]; then
       echo "worker: this machine is being taken away, saving" >&2
-      kill -TERM "$child" 2> /dev/null
+      kill -TERM "$child" 2> /dev/null || true
       return 0
     fi
     sleep "${JAXALIGN_NOTICE_SECONDS:-2}"
@@ -86,11 +86,14 @@ watch_notice() {
   exit 2
 }
 set_flags
+child='' interrupted='' stopping=''
+# A signal may come when there is no child yet, or none any more.
+stop() { [[ -z $child ]] || kill -TERM "$child" 2> /dev/null || true; }
+# Ctrl-C too: what a script starts in the background does not listen to SIGINT.
+trap 'interrupted=yes stopping=yes; stop' TERM INT
 "$JAXALIGN_COMMAND" run "$@" &
 child=$!
-interrupted=''
-# Ctrl-C too: what a script starts in the background does not listen to SIGINT.
-trap 'interrupted=yes; kill -TERM "$child" 2> /dev/null' TERM INT
+[[ -z $stopping ]] || stop
 watch_notice "$child" &
 watcher=$!
 # A signal ends `wait` before the child has ended: then wait again.

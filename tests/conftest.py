@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+KEPT_FROM = 0.5  # seconds that a program takes to compile
 MEMORY = 3 * 2**30  # above it a test process forgets what it has compiled
 CACHES = tempfile.TemporaryDirectory(prefix="jaxalign-tests-")
 
@@ -31,7 +32,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The size limit is what makes jax lock the folder, which parallel workers share.
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAXALIGN_TEST_CACHE") or str(ROOT / ".cache" / "xla"))
 jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", KEPT_FROM)
 
 
 # Files are handed out whole: the folders with the long ones come first, so that no worker is left with one at the end.
@@ -69,10 +70,9 @@ def libtpu() -> Iterator[None]:
             pytest.fail(reason)
         pytest.skip(reason)
     # Programs for a TPU are not kept between runs: without one jax cannot read them back.
-    kept = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
     yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", kept)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", KEPT_FROM)
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,10 @@
 """Tiny stages for plans: settings, and sizes by hand."""
 
-import importlib.util
-
-import pytest
 import yaml
 
 from jaxalign.config import load_config
 from jaxalign.run import pick_stage
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"
-)
 LAYERS, WIDTH, HEADS, KV, DIM, MLP, VOCAB = 2, 64, 4, 2, 16, 128, 320
 
 

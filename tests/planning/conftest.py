@@ -2,9 +2,7 @@
 
 import json
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from tests.planned import DIM, HEADS, KV, LAYERS, MLP, VOCAB, WIDTH
 
@@ -36,17 +34,3 @@ def bare(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({**config, **more, "pad_token_id": 0}))
     return tmp_path / "bare"
-
-
-@pytest.fixture
-def compiled_anew():
-    """Programs for devices that are not here can be kept in jax's cache, and not be read from it."""
-
-    def switch(on: bool) -> None:
-        jax.config.update("jax_enable_compilation_cache", on)
-        compilation_cache.reset_cache()
-
-    before = jax.config.values["jax_enable_compilation_cache"]
-    switch(False)
-    yield
-    switch(before)

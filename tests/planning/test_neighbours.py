@@ -13,7 +13,7 @@ from jaxalign.planning.neighbours import neighbours
 from jaxalign.planning.plan import Plan, changed
 from jaxalign.planning.targets import Chip
 from jaxalign.sharding import AXES
-from tests.planned import needs_libtpu, offline, online, stage_of
+from tests.planned import offline, online, stage_of
 
 RULE = {"rewards": [{"name": "regex", "options": {"pattern": "a"}}]}
 
@@ -85,8 +85,8 @@ def test_a_rollout_that_does_not_fit_gets_a_mesh_of_its_own(bare, tmp_path):
     assert drawn is not None and (drawn.data, drawn.tensor) == (-1, 4)
 
 
-@needs_libtpu
-@pytest.mark.usefixtures("compiled_anew")
+@pytest.mark.parity
+@pytest.mark.usefixtures("libtpu")
 def test_a_plan_refuses_what_the_run_refuses(bare, tmp_path):
     settings = offline(bare, {"name": "preference"}, batch_size=8, micro_batch_size=8)
     stage = stage_of(tmp_path, {**settings, "mesh": {"data": 1, "fsdp": 1, "tensor": 8}})

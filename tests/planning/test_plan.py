@@ -26,7 +26,6 @@ from tests.planned import (
     PARAMETERS,
     VOCAB,
     WIDTH,
-    needs_libtpu,
     offline,
     online,
     stage_of,
@@ -162,8 +161,8 @@ def test_without_libtpu(bare, tmp_path, monkeypatch):
         plan_stage(stage, "v5e:2x4")
 
 
-@needs_libtpu
-@pytest.mark.usefixtures("compiled_anew")
+@pytest.mark.parity
+@pytest.mark.usefixtures("libtpu")
 def test_a_slice_that_is_not_here(bare, tmp_path):
     stage = stage_of(tmp_path, offline(bare, {"name": "sft"}))
     plan = plan_stage(stage, "v5e:2x4")

@@ -301,12 +301,13 @@ class Placement:
     device_bytes: int
 
 
-def describe_shardings(shapes: PyTree, mesh: Mesh) -> Placement:
+def describe_shardings(shapes: PyTree, mesh: Mesh, axes: Sequence[str] = AXES) -> Placement:
     """What of parameters, gradients or optimiser states lies where, and how much each device holds.
 
     Args:
       shapes: pytree of arrays or `jax.ShapeDtypeStruct`s.
       mesh: the mesh.
+      axes: those that anything is split over; whole along the others.
 
     Raises:
       ValueError: as `param_shardings`.
@@ -314,14 +315,28 @@ def describe_shardings(shapes: PyTree, mesh: Mesh) -> Placement:
     arrays = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         name = path_name(path)
-        sharding = _sharding(mesh, name, leaf.shape)
-        axes = [axis or "-" for axis in sharding.spec]
-        spec = f"({', '.join(axes)})" if any(sharding.spec) else "()"
+        found = [axis if axis in axes else None for axis in _sharding(mesh, name, leaf.shape).spec]
+        sharding = NamedSharding(mesh, PartitionSpec(*found))
+        spec = f"({', '.join(axis or '-' for axis in found)})" if any(found) else "()"
         size = leaf.dtype.itemsize
         part = math.prod(sharding.shard_shape(leaf.shape)) * size
         arrays.append(Placed(name, tuple(leaf.shape), str(leaf.dtype), spec, math.prod(leaf.shape) * size, part))
     totals = (sum(each.total_bytes for each in arrays), sum(each.device_bytes for each in arrays))
     return Placement(tuple(arrays), *totals)
+
+
+def undivided(mesh: Mesh, tree: PyTree) -> list[tuple[str, str, int]]:
+    """Path, mesh axis and bytes of each array with a dimension that its axis does not divide: it stays whole there."""
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = path_name(path)
+        axes = next((axes for pattern, axes in RULES if re.search(pattern, name)), ())
+        if len(axes) > len(leaf.shape):
+            continue
+        for axis, length in zip(axes, leaf.shape[len(leaf.shape) - len(axes) :], strict=True):
+            if axis and length % mesh.shape[axis]:
+                found.append((name, axis, math.prod(leaf.shape) * leaf.dtype.itemsize))
+    return found
 
 
 def _sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:

@@ -11,6 +11,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 # They move nothing themselves: names, or calls whose bodies are counted.
 FREE = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"})
@@ -22,6 +24,7 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"\b(pred|token|opaque|(?:bf|f|s|u|c)\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
+_PRODUCT = re.compile(r'custom_call_target="[^"]*(matmul|gemm|dot)', re.IGNORECASE)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 # Fusions that run beside a collective name it too, from where it starts to where it is done, and pass its arrays on.
@@ -63,34 +66,38 @@ class Traffic:
       moved: bytes read from and written to the device's memory.
       collectives: by kind, how many run and the bytes of what each gathers, sums or sends, added up.
       wire: bytes that a ring of the devices involved sends through each device's links for them.
+      network: bytes that a device sends to other slices for them, where each slice sends what it must once.
       largest: bytes of the largest of them.
     """
 
     moved: float = 0.0
     collectives: dict[str, tuple[int, float]] = field(default_factory=dict)
     wire: float = 0.0
+    network: float = 0.0
     largest: float = 0.0
 
     def add(self, other: Traffic, times: int = 1) -> None:
         """Adds another's traffic, so many times."""
         self.moved += times * other.moved
         self.wire += times * other.wire
+        self.network += times * other.network
         self.largest = max(self.largest, other.largest)
         for kind, (count, size) in other.collectives.items():
             have = self.collectives.get(kind, (0, 0.0))
             self.collectives[kind] = (have[0] + times * count, have[1] + times * size)
 
 
-def traffic(text: str, trips: Sequence[int] = (), devices: int = 1) -> Traffic:
+def traffic(text: str, trips: Sequence[int] = (), devices: int = 1, slices: Sequence[int] = ()) -> Traffic:
     """What a compiled program moves.
 
     Args:
       text: `compiled.as_text()`.
       trips: how often loops run that XLA does not know the length of, by how many such loops are around them.
       devices: of the program, for collectives that do not name theirs.
+      slices: number of each device's slice, in the program's order; empty for one slice.
     """
     computations, entry = parse(text)
-    return _Reader(computations, tuple(trips), devices).read(entry, 0)
+    return _Reader(computations, tuple(trips), devices, tuple(slices)).read(entry, 0)
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
@@ -110,6 +117,16 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     return found, entry
 
 
+def largest_product(text: str) -> float:
+    """Bytes of both operands, taken whole, of the matrix product that has most of them; 0 where there is none."""
+    most = 0.0
+    for computation in parse(text)[0].values():
+        for each in computation.values():
+            if each.op == "dot" or (each.op == "custom-call" and _PRODUCT.search(each.rest)):
+                most = max(most, sum(_operand(computation, each, i, memory=False) for i in (0, 1)))
+    return most
+
+
 def size(type_text: str, *, memory: bool = False) -> float:
     """Bytes of a type; with `memory` without what lies in a core's own memory (a space other than the default)."""
     total = 0.0
@@ -126,8 +143,11 @@ def size(type_text: str, *, memory: bool = False) -> float:
 class _Reader:
     """Walks through computations; what a fusion does inside stays in registers, but for its operands and result."""
 
-    def __init__(self, computations: dict[str, Computation], trips: tuple[int, ...], devices: int):
+    def __init__(
+        self, computations: dict[str, Computation], trips: tuple[int, ...], devices: int, slices: tuple[int, ...]
+    ):
         self._computations, self._trips, self._devices = computations, trips, devices
+        self._slices = slices or (0,) * devices
         self._done: dict[tuple[str, int], Traffic] = {}
         starting = [each for each in computations.values() if any(_STARTS in inner.rest for inner in each.values())]
         self._carried = {channel for each in starting for inner in each.values() if (channel := _channel(inner))}
@@ -159,7 +179,7 @@ class _Reader:
                 total.add(self.read(name, depth))
         kind = each.op.removesuffix("-start")
         if kind in COLLECTIVES:
-            _add_collective(total, kind, computation, each, self._devices)
+            _add_collective(total, kind, computation, each, self._slices)
         if each.op == "fusion":
             for name in _called(each, "calls"):
                 inside = self._computations.get(name, {})
@@ -169,7 +189,7 @@ class _Reader:
                         continue
                     if (kind := inner.op.removesuffix("-start")) in COLLECTIVES:
                         kind = "reduce-scatter" if "reduce-scatter" in each.name + name else kind
-                        _add_collective(total, kind, inside, inner, self._devices)
+                        _add_collective(total, kind, inside, inner, self._slices)
         if each.op not in FREE and not each.op.endswith("-done"):
             total.moved += self._moved(computation, each)
 
@@ -300,29 +320,59 @@ def _operand(computation: Computation, each: Instruction, place: int, *, memory:
     return size(computation[name].type, memory=memory) if name in computation else 0.0
 
 
-def _add_collective(total: Traffic, kind: str, computation: Computation, each: Instruction, devices: int) -> None:
+def _add_collective(
+    total: Traffic, kind: str, computation: Computation, each: Instruction, slices: tuple[int, ...]
+) -> None:
     given, made = sum(_operand(computation, each, i, memory=False) for i in range(len(each.operands))), size(each.type)
     # The result of a start has its operands beside it.
     payload = max(given, made - given if each.op.endswith("-start") else made)
-    count = _group(each.rest, devices)
+    groups = _groups(each.rest, len(slices))
+    count = len(groups[0])
     if count == 1:
         return
-    share = {"all-reduce": 2 * (count - 1) / count, "collective-permute": 1.0}.get(kind, (count - 1) / count)
-    total.add(Traffic(0.0, {kind: (1, payload)}, share * payload, payload))
+    crossed = max(len({slices[device] for device in group}) for group in groups)
+    within = count // crossed
+    wire = _share(kind, within) * payload if within > 1 else 0.0
+    network = _share(kind, crossed) * payload if crossed > 1 else 0.0
+    if kind not in ("all-to-all", "ragged-all-to-all", "collective-permute"):
+        network /= within  # the devices of a slice share what it sends
+    total.add(Traffic(0.0, {kind: (1, payload)}, wire, network, payload))
 
 
-def _group(rest: str, devices: int) -> int:
-    """How many devices take part in one collective."""
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
+def _share(kind: str, count: int) -> float:
+    """The part of a collective's bytes that each of so many sends."""
+    return {"all-reduce": 2 * (count - 1) / count, "collective-permute": 1.0}.get(kind, (count - 1) / count)
+
+
+def _groups(rest: str, devices: int) -> list[list[int]]:
+    """The devices, by number, that take part in a collective together."""
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", rest)
     if listed:
-        return listed[1].count(",") + 1
+        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
     named = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest)
     if named:
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
-        # A part of an axis is written 'name':(before)size.
-        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
-        return math.prod(int(part) if part else sizes[name] for name, part in parts)
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", rest)
+        return _mesh_groups(named[1], named[2])
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
     if iota:
-        return int(iota[2])
-    return 2 if "source_target_pairs={{" in rest else devices
+        shape, order = [int(n) for n in iota[2].split(",")], iota[3] and [int(n) for n in iota[3].split(",")]
+        numbers = np.arange(math.prod(shape)).reshape(shape).transpose(order or range(len(shape)))
+        return numbers.reshape([int(n) for n in iota[1].split(",")]).tolist()
+    return [list(range(devices))]
+
+
+def _mesh_groups(axes: str, along: str) -> list[list[int]]:
+    """Groups along axes of a mesh; a part of an axis is written 'name':(before)size."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+    parts = {name: (before, size) for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", along)}
+    shape, moved = [], []
+    for name, whole in sizes.items():
+        before, size = (int(n) if n else 0 for n in parts.get(name, ("", "")))
+        if name in parts and size:
+            moved.append(len(shape) + 1)
+            shape += [before, size, whole // before // size]
+        else:
+            moved += [len(shape)] if name in parts else []
+            shape.append(whole)
+    kept = [place for place in range(len(shape)) if place not in moved]
+    numbers = np.arange(math.prod(shape)).reshape(shape).transpose([*kept, *moved])
+    return numbers.reshape(-1, math.prod(shape[place] for place in moved)).tolist()

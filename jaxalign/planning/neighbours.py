@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxalign.methods.offline import check_split
 from jaxalign.planning.plan import Plan, changed, plan_stage
-from jaxalign.planning.programs import COPY, DRAWING
+from jaxalign.planning.program import COPY, DRAWING
 from jaxalign.planning.targets import find_devices
 from jaxalign.run.kernels import check_offloading
 from jaxalign.sections import Stage

@@ -13,7 +13,8 @@ from jaxalign.planning.programs import stage_programs
 from jaxalign.planning.targets import Chip, chip_of, find_devices
 from jaxalign.run.prepare import Prepared, prepare
 from jaxalign.sections import Stage
-from jaxalign.sharding import MeshConfig, process_count
+from jaxalign.sharding import MeshConfig, process_count, undivided
+from jaxalign.types import PyTree
 
 
 @dataclass(frozen=True)
@@ -130,11 +131,27 @@ def plan_stage(
         mesh=dict(ready.mesh.shape),
         chip=chip,
         shape=tuple(rows.shape),
-        assumptions=notes,
+        assumptions=(*notes, *_whole(ready, programs.training.state.params, programs.training.frozen)),
         programs=found,
         tokens=programs.tokens,
         mfu=mfu,
     )
+
+
+def _whole(ready: Prepared, *trees: PyTree) -> list[str]:
+    """A line per mesh axis with what stays whole along it, as it does not divide it."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    for name, axis, size in undivided(ready.mesh, trees):
+        found.setdefault(axis, []).append((name.split("/", 1)[1], size))
+    return [
+        f"{axis}={ready.mesh.shape[axis]} does not divide {_shown([name for name, _ in each])}, "
+        f"{sum(size for _, size in each):,} bytes in all: they stay whole along it"
+        for axis, each in found.items()
+    ]
+
+
+def _shown(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def prepare_plan(stage: Stage, devices: Sequence[Any] | None = None) -> tuple[Prepared, tuple[str, ...]]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +16,20 @@ from jaxalign.methods.common import has_critic, is_online, needs_reference
 from jaxalign.methods.offline import make_batches
 from jaxalign.methods.online import pack_update
 from jaxalign.methods.running import carries, make_carry_program
-from jaxalign.planning.work import Work, forward_of_batch, generation_of, training_of
+from jaxalign.planning.program import (
+    COPY,
+    DRAWING,
+    OPTIMIZER,
+    PARAMETERS,
+    REFERENCE,
+    Program,
+    Programs,
+    on_mesh,
+    shape_of,
+    width_of,
+    with_sharding,
+)
+from jaxalign.planning.work import Work, forward_of_batch, generation_of, prefill_of, training_of
 from jaxalign.rewards.model import CALL_TOKENS, make_reader, pack_texts
 from jaxalign.run.drawing import sampling_config
 from jaxalign.run.online import draw_mesh, language_model, online_models, prompt_width
@@ -35,81 +47,15 @@ from jaxalign.run.programs import (
 from jaxalign.run.rollout_scores import scorer_model
 from jaxalign.run.scoring import reward_names
 from jaxalign.run.supervised import make_supervised
-from jaxalign.sharding import batch_shardings, data_shards, decode_shards, rows_sharding
-from jaxalign.training.offload import HOST
+from jaxalign.sampling.generate import Queue, start
+from jaxalign.sharding import Mesh, batch_shardings, data_shards, decode_shards, path_name, rows_sharding
 from jaxalign.types import Batch, Experience, Predictions, PyTree, Samples
 
 LOOKED_AT = 64  # batches of real data, of which the largest is planned with
-PARAMETERS, OPTIMIZER, REFERENCE = "parameters", "optimizer", "reference"
-COPY, DRAWING = "decoding copy", "rollout"
-
-
-@dataclass(frozen=True)
-class Program:
-    """A jitted function of the run, and what it is called with.
-
-    Attributes:
-      name: what it does.
-      run: the jitted function.
-      arguments: trees of `ShapeDtypeStruct`.
-      takes: held groups (see `Programs`) that are among the arguments.
-      beside: held groups that are there while it runs, those that it takes among them.
-      runs: how often it runs per optimiser step.
-      work: what it computes when it runs once.
-      trips: how often its loops run whose end is computed, by depth.
-    """
-
-    name: str
-    run: Any
-    arguments: tuple[Any, ...]
-    takes: tuple[str, ...]
-    beside: tuple[str, ...]
-    work: Work
-    runs: float = 1.0
-    trips: tuple[int, ...] = ()
-
-    @cached_property
-    def timed(self) -> tuple[Any, float]:
-        """The compiled program, and how many seconds that took; a second look costs nothing."""
-        start = time.perf_counter()
-        compiled = self.run.lower(*self.arguments).compile()
-        return compiled, time.perf_counter() - start
-
-    @property
-    def compiled(self) -> Any:
-        """The compiled program."""
-        return self.timed[0]
-
-    def result(self) -> Any:
-        """What it gives, as shapes with the shardings that the compiler chose; without them where it does not fit."""
-        shapes = jax.eval_shape(self.run, *self.arguments)
-        try:
-            places = self.compiled.output_shardings
-        except jax.errors.JaxRuntimeError:
-            return shapes
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
-
-
-@dataclass(frozen=True)
-class Programs:
-    """All programs of a stage.
-
-    Attributes:
-      held: what lies on the devices between programs: trees of `ShapeDtypeStruct` by name, each array once.
-      taken: the same as programs take it, where an array may come twice.
-      programs: in the order of a step.
-      tokens: that a step learns from.
-    """
-
-    held: Mapping[str, Any]
-    taken: Mapping[str, Any]
-    programs: Sequence[Program]
-    tokens: int
-    training: Training = field(repr=False)
 
 
 def stage_programs(ready: Prepared) -> Programs:
-    """The programs of a stage, uncompiled save where one gives what another takes."""
+    """The programs of a stage, uncompiled."""
     key = jax.random.key(ready.stage.train.seed)
     return (_online if is_online(ready.method) else _offline)(ready, key)
 
@@ -130,7 +76,8 @@ def _offline(ready: Prepared, key: jax.Array) -> Programs:
     stage, config = ready.stage, ready.model.config
     training = make_training(ready, ready.model, start_shapes(ready, key), key)
     host = largest_batch(ready)
-    batch, forward = on_mesh(ready, host), forward_of_batch(config, host)
+    first, forward = on_mesh(ready, host), forward_of_batch(config, host)
+    batch = _constant(first)  # what the next program takes
     held, programs = _trained(training), []
     beside: tuple[str, ...] = (PARAMETERS, OPTIMIZER)
     if needs_reference(ready.method, stage.method):
@@ -139,29 +86,47 @@ def _offline(ready: Prepared, key: jax.Array) -> Programs:
         beside = beside if once else (*beside, REFERENCE)
         run = make_reference_pass(ready)
         there = (REFERENCE,) if once else beside
-        passed = Program("reference pass", run, (reference, batch), (REFERENCE,), there, forward, 0.0 if once else 1.0)
+        given = _given(reference, first)
+        passed = Program("reference pass", run, given, (REFERENCE,), there, forward, 0.0 if once else 1.0)
         programs.append(passed)
         if once:
-            extra = jax.ShapeDtypeStruct(
-                batch.predictions.sources.shape, np.float32, sharding=rows_sharding(ready.mesh)
-            )
-            batch = replace(batch, fields={**batch.fields, "ref_logps": extra})
+            shape, place = first.predictions.sources.shape, rows_sharding(ready.mesh)
+            extra = jax.ShapeDtypeStruct(shape, np.float32, sharding=place)
+            filled = replace(first, fields={**first.fields, "ref_logps": extra})
+            batch = _constant(filled)
         else:
-            batch = passed.result()
+            batch = passed.result
     if carries(ready.method, stage.method):
         run = make_carry_program(ready.method, stage.method, ready.model)
         carry = jax.eval_shape(lambda: ready.method.start_carry(stage.method))
-        arguments = (training.state.params, training.frozen, batch, carry)
-        programs.append(Program("running means", run, arguments, (PARAMETERS,), beside, Work(0.0, 0.0, 0)))
-        batch = programs[-1].result()[0]
+        given = partial(_with_batch, (training.state.params, training.frozen), batch, carry)
+        means = Program("running means", run, given, (PARAMETERS,), beside, Work(0.0, 0.0, 0))
+        programs.append(means)
+        batch = partial(_first_result, means)
     work = training_of(forward, frozen=stage.lora is not None, remat=stage.model.remat)
-    arguments = (training.state, training.frozen, batch)
-    programs.append(Program("train step", training.step, arguments, (PARAMETERS, OPTIMIZER), beside, work))
+    given = partial(_with_batch, (training.state, training.frozen), batch)
+    programs.append(Program("train step", training.step, given, (PARAMETERS, OPTIMIZER), beside, work))
     taken = {
         **_trained(training),
         **({REFERENCE: placed_reference(ready)} if programs[:-1] else {}),
     }
     return Programs(held, taken, programs, forward.tokens, training)
+
+
+def _given(*arguments: Any) -> Callable[[], tuple[Any, ...]]:
+    return lambda: arguments
+
+
+def _constant(value: Any) -> Callable[[], Any]:
+    return lambda: value
+
+
+def _first_result(program: Program) -> Any:
+    return program.result()[0]
+
+
+def _with_batch(before: tuple[Any, ...], batch: Callable[[], Any], *after: Any) -> tuple[Any, ...]:
+    return (*before, batch(), *after)
 
 
 def _online(ready: Prepared, key: jax.Array) -> Programs:
@@ -182,7 +147,7 @@ def _online(ready: Prepared, key: jax.Array) -> Programs:
         beside = (*beside, name)
     drawn = 1 / method.num_updates(stage.method)
     programs = _rollout(ready, language_model(ready, method.policy_of(state.params, frozen)), beside, drawn)
-    held[COPY] = taken[COPY] = programs[1].arguments[0]
+    held[COPY] = taken[COPY] = programs[0].result
     experience = _experience(ready)
     for name, (reader, variables) in scorers.items():
         programs.append(_scoring(ready, name, reader, variables, experience, beside, drawn))
@@ -196,14 +161,15 @@ def _online(ready: Prepared, key: jax.Array) -> Programs:
         variables = (taken[REFERENCE],) if role == "reference" else (state.params, frozen)
         takes = (REFERENCE,) if role == "reference" else (PARAMETERS,)
         work = forwards.get(role, forwards["policy"])
-        programs.append(Program(f"{name} pass", run, (*variables, batch), takes, beside, work, drawn * parts))
+        given = _given(*variables, batch)
+        programs.append(Program(f"{name} pass", run, given, takes, beside, work, drawn * parts))
         experience = replace(experience, fields={**experience.fields, name: np.zeros(experience.tokens.shape, "f")})
     update = _update(ready, experience)
     forwards = {role: forward_of_batch(model.config, update) for role, model in models.items()}
     forward = sum(forwards.values(), start=Work(0.0, 0.0, 0))
     work = training_of(forward, frozen=stage.lora is not None, remat=stage.model.remat)
-    arguments = (state, frozen, on_mesh(ready, update))
-    programs.append(Program("train step", training.step, arguments, (PARAMETERS, OPTIMIZER), beside, work))
+    given = _given(state, frozen, on_mesh(ready, update))
+    programs.append(Program("train step", training.step, given, (PARAMETERS, OPTIMIZER), beside, work))
     return Programs(held, taken, programs, forwards["policy"].tokens, training)
 
 
@@ -217,7 +183,8 @@ def _each_once(ready: Prepared, frozen: PyTree) -> PyTree:
     if not has_critic(ready.method) or ready.stage.model.critic is not None or "value" not in frozen:
         return frozen
     shared = {(path, leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(frozen["policy"])}
-    own = [x for path, x in jax.tree_util.tree_leaves_with_path(frozen["value"]) if (path, x.shape) not in shared]
+    leaves = jax.tree_util.tree_leaves_with_path(frozen["value"])
+    own = {path_name(path): x for path, x in leaves if (path, x.shape) not in shared}
     return frozen["policy"], own
 
 
@@ -234,7 +201,7 @@ def _apart(ready: Prepared, training: Training, reference: PyTree) -> PyTree:
     frozen = training.frozen.get("policy", training.frozen)
     shared = {(path[1:], leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(frozen)}
     leaves = jax.tree_util.tree_leaves_with_path(reference)
-    return [leaf for path, leaf in leaves if (path[1:], leaf.shape) not in shared]
+    return {path_name(path): leaf for path, leaf in leaves if (path[1:], leaf.shape) not in shared}
 
 
 def _rollout(ready: Prepared, policy: PyTree, beside: tuple[str, ...], runs: float) -> list[Program]:
@@ -243,7 +210,7 @@ def _rollout(ready: Prepared, policy: PyTree, beside: tuple[str, ...], runs: flo
     shards = decode_shards(mesh)
     config, width = sampling_config(ready), prompt_width(ready)
     decoding, generate = rollout.draw_programs(ready.model, config, mesh)
-    copying = Program(COPY, decoding, (policy,), (PARAMETERS,), beside, Work(0.0, 0.0, 0), runs)
+    copying = Program(COPY, decoding, _given(policy), (PARAMETERS,), beside, Work(0.0, 0.0, 0), runs)
     count = ready.method.rollout_prompts(method, ready.layout.batch_size)
     longest = _longest_prompts(ready, count)
     padded, lengths = rollout.pad_prompts([np.zeros(n, np.int32) for n in longest], width, shards)
@@ -251,11 +218,36 @@ def _rollout(ready: Prepared, policy: PyTree, beside: tuple[str, ...], runs: flo
     steps, own = config.max_new_tokens, len(padded) // shards * config.num_generations
     slots = min(max(1, -(-(config.slots or own * shards) // shards)), own)
     work = generation_of(ready.model.config, longest, config.num_generations, steps)
-    arguments = (copying.result(), _shape(padded), _shape(lengths), key)
+    reading = prefill_of(ready.model.config, longest)
+    drawing = Work(work.flops - reading.flops, work.computed - reading.computed, work.tokens)
+
+    def given() -> tuple[Any, ...]:
+        return copying.result(), shape_of(padded), shape_of(lengths), key
+
     # Slots are refilled as often as their share of the completions asks for; each time until the last is done.
     rounds = -(-own // slots)
-    drawing = Program(DRAWING, generate, arguments, (COPY,), (*beside, COPY), work, runs, (rounds, steps))
-    return [copying, drawing]
+    return [
+        copying,
+        Program(
+            DRAWING, generate, given, (COPY,), (*beside, COPY), work, runs, (rounds, steps),
+            cache=_cache_bytes(ready, config, len(padded) // shards, width, slots, mesh),
+            parts={"prefill": reading, "decode": drawing},
+        ),
+    ]  # fmt: skip
+
+
+def _cache_bytes(ready: Prepared, config: Any, prompts: int, width: int, slots: int, mesh: Mesh) -> int:
+    """Bytes of the slots' cache and the pool on a device, from the sampler's own state; heads split over `tensor`."""
+    model, _ = ready.model.unrolled()
+    config = replace(config, cache_dtype=config.cache_dtype or ready.compute_dtype)
+    count = prompts * config.num_generations
+    queue = jax.eval_shape(
+        lambda: Queue(jnp.zeros((prompts, width), jnp.int32), jnp.zeros(prompts, jnp.int32), jnp.zeros(count))
+    )
+    state = jax.eval_shape(lambda queue: start(model, config, {}, queue, slots), queue)
+    tensor, heads = mesh.shape["tensor"], model.config.num_kv_heads
+    parts = tensor if heads % tensor == 0 else 1
+    return sum(x.size * width_of(x.dtype) for x in jax.tree.leaves((state.cache, state.pool))) // parts
 
 
 def _longest_prompts(ready: Prepared, count: int) -> np.ndarray:
@@ -315,43 +307,15 @@ def _scoring(
     model, run = reader
     lengths = np.repeat(experience.prompt_lengths, experience.num_generations) + experience.lengths
     calls = pack_texts([np.ones(n, np.int32) for n in lengths], CALL_TOKENS, data_shards(ready.mesh))
-    shapes = jax.tree.map(_shape, (calls[0].rows, calls[0].sources))
+    shapes = jax.tree.map(shape_of, (calls[0].rows, calls[0].sources))
     if ready.mesh.size > 1:
-        shapes = jax.tree.map(_with_sharding, shapes, batch_shardings(ready.mesh, shapes))
+        shapes = jax.tree.map(with_sharding, shapes, batch_shardings(ready.mesh, shapes))
     rows = calls[0].rows
     read = Batch(rows, _no_predictions(rows), np.zeros((1, 1)))
     work = forward_of_batch(model.config, read)
-    return Program(f"{name} pass", run, (variables, *shapes), (name,), beside, work, runs * len(calls))
+    return Program(f"{name} pass", run, _given(variables, *shapes), (name,), beside, work, runs * len(calls))
 
 
 def _no_predictions(rows: Any) -> Any:
     none = np.full((1, rows.tokens.shape[1], 1), -1, np.int32)
     return Predictions(none, none, none, none)
-
-
-def on_mesh(ready: Prepared, batch: Batch) -> Batch:
-    """A host batch as shapes with the shardings that `place_batch` gives it."""
-    return jax.tree.map(lambda x, s: _with_sharding(_shape(x), s), batch, batch_shardings(ready.mesh, batch))
-
-
-def _shape(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
-
-
-def _with_sharding(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def device_bytes(tree: PyTree) -> int:
-    """Bytes in its own memory that one device holds of a tree of `ShapeDtypeStruct` with shardings."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        if leaf.sharding is not None and leaf.sharding.memory_kind == HOST:
-            continue
-        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-        total += int(np.prod(shape, dtype=np.int64)) * _width(leaf.dtype)
-    return total
-
-
-def _width(dtype: Any) -> int:
-    return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else np.dtype(dtype).itemsize

@@ -52,11 +52,13 @@ def _head(plan: Plan) -> list[str]:
 
 
 def _memory(plan: Plan) -> Table:
-    columns = ["parameters", "optimizer", "other models", "arguments", "temporary", "total", "spare"]
+    columns = ["parameters", "optimizer", "other models", "arguments", "activations and temporaries", "of it cache"]
+    columns += ["workspace", "total", "spare"]
     table = Table("GiB per device", *columns, "fits", "compiled in", box=None)
     for each in plan.programs:
         m = each.memory
-        sizes = (m.parameters, m.optimizer, m.models, m.arguments, m.temporary, m.total, plan.chip.memory - m.total)
+        sizes = (m.parameters, m.optimizer, m.models, m.arguments, m.temporary, m.cache, m.workspace, m.total)
+        sizes = (*sizes, plan.chip.memory - m.total)
         verdict = "yes" if each.fits else "no, the compiler says" if each.refused else "no"
         table.add_row(each.name, *(f"{size / GIB:.3f}" for size in sizes), verdict, f"{each.compiled_in:.0f} s")
     return table
@@ -76,7 +78,16 @@ def _time(plan: Plan) -> Table:
 
 
 def _summary(plan: Plan) -> list[str]:
-    lines = []
+    lines = [
+        f"{each.name}: " + ", ".join(f"{name} {flops / 1e12:.4g} TFLOP" for name, flops in each.parts.items())
+        for each in plan.programs
+        if each.parts
+    ]
+    for each in plan.programs:
+        if each.traffic is not None and each.traffic.network:
+            seconds = each.roofline["network"]
+            time = "at a bandwidth that is not known, not counted" if seconds is None else f"{seconds:.3g} s"
+            lines.append(f"{each.name}: {each.traffic.network / GIB:.3g} GiB per device to other slices, {time}")
     for name, seconds in (("roofline", plan.step_seconds()), (f"MFU {plan.mfu:g}", plan.step_seconds(plan.mfu))):
         if seconds:
             lines.append(f"step at {name}: {seconds:.3g} s, {plan.tokens / seconds:,.0f} tokens/s")

@@ -74,6 +74,17 @@ def generation_of(config: ModelConfig, prompts: np.ndarray, completions: int, st
     return Work(flops, flops, drawn)
 
 
+def prefill_of(config: ModelConfig, prompts: np.ndarray) -> Work:
+    """Of `generation_of`, reading the prompts, all but their last tokens; the rest is drawing."""
+    lengths = np.asarray(prompts, np.int64)
+    attended = 0
+    for window, layers in Counter(config.windows).items():
+        most = window or np.iinfo(np.int64).max
+        attended += layers * sum(int(np.minimum(np.arange(1, length), most).sum()) for length in lengths.tolist())
+    flops = _flops(config, int((lengths - 1).sum()), attended, 0)
+    return Work(flops, flops, 0)
+
+
 def _flops(config: ModelConfig, tokens: int, attended: int, predictions: int) -> float:
     """`forward_flops`, with the keys that are attended to summed over layers."""
     scores = 4 * config.num_heads * config.head_dim * attended

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxalign.planning.hlo import parse, size, traffic
+from jaxalign.planning.hlo import largest_product, parse, size, traffic
 
 TEXT = """\
 HloModule tiny, is_scheduled=true
@@ -72,9 +72,41 @@ def test_as_the_tpu_compiler_writes_it():
     assert found.wire == 9 * (1600 * 3 / 4 + 2 * 400 * 1 / 2)
 
 
+def test_what_crosses_slices():
+    """Groups of four over two slices: each pair gathers its half, and a device sends half of that across."""
+    found = traffic(TEXT.replace("LOOPS", "metadata={}"), trips=(7,), devices=8, slices=(0, 0, 1, 1, 0, 0, 1, 1))
+    assert found.network == 7 * 1600 / 2 / 2
+    assert found.wire == 7 * (1600 / 2 + 2 * 400 / 2)
+    # The same groups as a mesh and as a list, and groups across the other axis.
+    text = TEXT.replace("LOOPS", "metadata={}").replace("[2,4]<=[8]", "mesh['a'=2,'b'=4] {'b'}")
+    assert traffic(text, (7,), 8, (0, 0, 1, 1, 0, 0, 1, 1)) == found
+    assert traffic(text, (7,), 8, (0, 0, 0, 0, 1, 1, 1, 1)).network == 0
+    across = text.replace("{'b'}", "{'a'}")
+    assert traffic(across, (7,), 8, (0, 0, 0, 0, 1, 1, 1, 1)).network == 7 * 1600 / 2
+    turned = across.replace("mesh['a'=2,'b'=4] {'a'}", "[4,2]<=[2,4]T(1,0)")
+    assert traffic(turned, (7,), 8, (0, 0, 0, 0, 1, 1, 1, 1)) == traffic(across, (7,), 8, (0, 0, 0, 0, 1, 1, 1, 1))
+
+
 def test_sizes():
     assert size("(bf16[2,3]{1,0:T(8,128)(2,1)}, pred[5]{0}, f8e4m3fn[4]{0}, s4[8], f32[])") == 12 + 5 + 4 + 4 + 4
     assert size("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, pred[5]{0})", memory=True) == 5
+
+
+def test_the_largest_matrix_product():
+    text = jax.jit(lambda x, y, z: jnp.tanh(x @ y) @ z).lower(
+        *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((7, 300), (300, 200), (200, 40)))
+    )
+    assert largest_product(text.compile().as_text()) == 4 * (7 * 300 + 300 * 200)
+    assert largest_product(TEXT) == 0
+    call = """\
+ENTRY %main (x: f32[6,100], y: f32[100,9]) -> f32[6,9] {
+  %x = f32[6,100]{1,0} parameter(0)
+  %y = f32[100,9]{1,0} parameter(1)
+  ROOT %z = f32[6,9]{1,0} custom-call(%x, %y), custom_call_target="__onednn$matmul", metadata={}
+}
+"""
+    assert largest_product(call) == 4 * (600 + 900)
+    assert largest_product(call.replace("__onednn$matmul", "__topk")) == 0
 
 
 def test_collectives_of_a_compiled_scan():

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from jaxalign.cli import app
 from jaxalign.models import load_config as load_model_config
 from jaxalign.planning import plan_stage, prepare_plan
-from jaxalign.planning.programs import device_bytes, stage_programs
+from jaxalign.planning.program import Program, device_bytes
+from jaxalign.planning.programs import stage_programs
 from jaxalign.planning.work import Work, forward_of_batch, generation_of
 from jaxalign.types import Batch, Predictions, TokenRows
 from tests.planned import (
@@ -49,6 +50,10 @@ def test_memory_by_hand(bare, tmp_path):
     # prediction, and does not read their `steps`, so that these are no argument of it.
     assert step.memory.arguments == reference.memory.arguments
     assert step.memory.temporary > PARAMETERS  # gradients, at least
+    # The head's product takes the gathered table and the hidden states of a row's chunk, at least.
+    assert step.memory.workspace > 4 * VOCAB * WIDTH
+    parts = ("parameters", "optimizer", "models", "arguments", "temporary", "workspace")
+    assert step.memory.total == sum(getattr(step.memory, name) for name in parts)
     assert plan.peak == max(each.memory.total for each in plan.programs)
 
 
@@ -103,8 +108,12 @@ def test_ppo_with_critic_and_reward_model(bare, tmp_path):
     # A rollout of 8 prompts serves 4 epochs; keys and values of 16 cells a layer lie among the temporaries.
     assert found["rollout"].runs == 1 / 4
     assert found["rollout"].tokens == 8 * 16
-    cache = 2 * LAYERS * KV * DIM * 4 * (32 + 16)
-    assert found["rollout"].memory.temporary > cache
+    # One slot a shard, and a pool of one prompt; a position of 4 bytes beside each cell.
+    cache = 2 * LAYERS * KV * DIM * 4 * (32 + 16 + 32) + 4 * (32 + 16 + 32)
+    assert found["rollout"].memory.cache == cache < found["rollout"].memory.temporary
+    assert found["train step"].memory.cache == 0
+    assert sum(found["rollout"].parts.values()) == found["rollout"].flops
+    assert 0 < found["rollout"].parts["prefill"] < found["rollout"].parts["decode"]
 
 
 @pytest.mark.slow
@@ -132,8 +141,30 @@ def test_command(bare, tmp_path):
     assert written["fits"] is True
     assert written["stages"][0]["programs"][0]["memory"]["parameters"] == PARAMETERS
     assert "no data: examples of data.max_length=128 tokens" in shown.output
+
+
+def test_shardings_of_all_that_is_held_without_compiling(bare, tmp_path, monkeypatch):
+    path, scorer = tmp_path / "plan.yaml", str(bare.parent / "scorer")
+    method = {"name": "ppo", "kl_coef": 0.1}
+    path.write_text(yaml.safe_dump(online(bare, method, rollout={"rewards": [{"model": scorer}]})))
+    monkeypatch.setattr(Program, "timed", property(lambda self: pytest.fail(f"{self.name} was compiled")))
     table = CliRunner().invoke(app, ["plan", str(path), "--shardings"], catch_exceptions=False).output
-    assert "params/params/embed/embedding" in table
+    for name in ("params/policy", "opt_state/", "reference/params/embed/embedding", "reward model/params/score/kernel"):
+        assert name in table, name
+    copied = next(line for line in table.splitlines() if "decoding copy/params/embed/embedding" in line)
+    size = f"{4 * VOCAB * WIDTH / 2**20:,.2f}"
+    assert copied.split()[-2:] == [size, size]  # every data shard has it whole
+
+
+def test_what_no_axis_divides_is_said(bare, tmp_path):
+    settings = offline(bare, {"name": "sft"})
+    settings["mesh"] = {"data": 1, "fsdp": 1, "tensor": 8}
+    found = plan_stage(stage_of(tmp_path, settings), only=()).assumptions
+    (line,) = [line for line in found if "does not divide" in line]
+    # Four heads and two of keys and values, on eight devices; the vocabulary and the feed-forward width are shared.
+    size = 4 * LAYERS * WIDTH * DIM * (2 * HEADS + 2 * KV)
+    assert line.startswith("tensor=8 does not divide ") and f" {size:,} bytes in all" in line
+    assert "attention/query/kernel" in line or "attention/key/kernel" in line
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from jaxalign.config import parse_config
 from jaxalign.methods import rollout
 from jaxalign.planning import prepare_plan, programs
 from jaxalign.planning.programs import stage_programs
-from jaxalign.run import pick_stage, prepare
+from jaxalign.run import inputs, online, pick_stage, prepare
 from jaxalign.run.stage import run_stage
 from jaxalign.training import loop
 
@@ -27,20 +27,28 @@ def dispatched(tmp_path, monkeypatch):
             texts["train step"] = step.lower(state, frozen, batch).compile().as_text()
             raise Caught
 
-        made = rollout.draw_programs
+        def watched(name, run):
+            def called(*arguments):
+                texts[name] = run.lower(*arguments).compile().as_text()
+                return run(*arguments)
 
-        def watched(model, config, mesh):
-            decoding, generate = made(model, config, mesh)
+            return called
 
-            def drawn(*arguments):
-                texts["rollout"] = generate.lower(*arguments).compile().as_text()
-                return generate(*arguments)
+        draw, fields, reference = rollout.draw_programs, online.make_field_passes, inputs.make_reference_pass
 
-            return decoding, drawn
+        def drawing(model, config, mesh):
+            decoding, generate = draw(model, config, mesh)
+            return decoding, watched("rollout", generate)
+
+        def passes(ready, functions):
+            found = fields(ready, functions).items()
+            return {name: (role, watched(f"{name} pass", run)) for name, (role, run) in found}
 
         with monkeypatch.context() as patched:
             patched.setattr(loop, "fit", fit)
-            patched.setattr(rollout, "draw_programs", watched)
+            patched.setattr(rollout, "draw_programs", drawing)
+            patched.setattr(online, "make_field_passes", passes)
+            patched.setattr(inputs, "make_reference_pass", lambda ready: watched("reference pass", reference(ready)))
             with pytest.raises(Caught):
                 run_stage(prepare(stage), tmp_path / "folder", say=lambda line: None)
         return texts
@@ -77,6 +85,6 @@ def test_the_programs_are_those_of_the_run(settings, changes, dispatched, monkey
     assert not any("no data" in note for note in notes)
     planned = {each.name: each for each in stage_programs(ready).programs}
     texts = dispatched(stage)
-    assert texts.keys() == planned.keys() & {"train step", "rollout"}
+    assert texts.keys() == planned.keys() - {"decoding copy"}
     for name, text in texts.items():
         assert body(planned[name].compiled.as_text()) == body(text)

@@ -103,7 +103,8 @@ def measure(program: Program, programs: Programs, chip: Chip, devices: int) -> M
         compiled, seconds = None, time.perf_counter() - start
     if compiled is not None:
         sizes = compiled.memory_analysis()
-        arguments = sizes.argument_size_in_bytes - taken
+        # XLA leaves out arguments that the program does not read; they are there all the same.
+        arguments = max(sizes.argument_size_in_bytes - taken, 0)
         temporary = sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
         text = compiled.as_text()
         members = _devices(programs)

@@ -96,7 +96,8 @@ def test_the_largest_matrix_product():
     text = jax.jit(lambda x, y, z: jnp.tanh(x @ y) @ z).lower(
         *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((7, 300), (300, 200), (200, 40)))
     )
-    assert largest_product(text.compile().as_text()) == 4 * (7 * 300 + 300 * 200)
+    compiled = text.compile().as_text()
+    assert compiled is not None and largest_product(compiled) == 4 * (7 * 300 + 300 * 200)
     assert largest_product(TEXT) == 0
     call = """\
 ENTRY %main (x: f32[6,100], y: f32[100,9]) -> f32[6,9] {

@@ -113,7 +113,9 @@ def test_ppo_with_critic_and_reward_model(bare, tmp_path):
     assert found["rollout"].memory.cache == cache < found["rollout"].memory.temporary
     assert found["train step"].memory.cache == 0
     assert sum(found["rollout"].parts.values()) == found["rollout"].flops
-    assert 0 < found["rollout"].parts["prefill"] < found["rollout"].parts["decode"]
+    # 31 tokens of each of 8 prompts are read, and attend to 496 keys a layer.
+    block = WIDTH * DIM * (2 * HEADS + 2 * KV) + 3 * WIDTH * MLP
+    assert found["rollout"].parts["prefill"] == LAYERS * (2 * block * 8 * 31 + 4 * HEADS * DIM * 8 * 496)
 
 
 @pytest.mark.slow

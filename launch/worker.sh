@@ -50,7 +50,8 @@ set_flags() {
       --xla_tpu_enable_async_collective_fusion_multiple_steps=true \
       --xla_tpu_overlap_compute_collective_tc=true \
       --xla_tpu_enable_data_parallel_all_reduce_opt=true \
-      --xla_tpu_data_parallel_opt_different_sized_ops=true
+      --xla_tpu_data_parallel_opt_different_sized_ops=true \
+      --xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000
   fi
   for cuda in jax_plugins.xla_cuda13 jax_plugins.xla_cuda12; do
     cuda=$(package "$cuda")

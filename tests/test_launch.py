@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from jaxalign.config import load_config
+from jaxalign.planning.targets import FLAGS
 from tests.launching import CONFIG, LAUNCH, ROOT, Cloud
 
 SCRIPTS = ["worker.sh", "restarts.sh", "local.sh", "tpu_vm.sh", "gke.sh", "slurm.sbatch"]
@@ -51,6 +52,11 @@ def test_the_worker_gives_only_flags_that_the_library_knows(cloud, tmp_path):
     assert code == 0 and record["call"][1:] == ["run", CONFIG, "a.b=c d"]
     assert record["env"]["LIBTPU_INIT_ARGS"].split() == ["--xla_tpu_enable_data_parallel_all_reduce_opt=true", users]
     assert "xla_tpu_data_parallel_opt_different_sized_ops is not known" in output
+
+
+def test_a_plan_compiles_with_the_workers_flags():
+    script = (ROOT / "launch" / "worker.sh").read_text()
+    assert tuple(re.findall(r"--xla_(?:tpu|jf)_\S+", script)) == FLAGS
 
 
 def test_without_an_accelerator_there_are_no_flags(cloud):

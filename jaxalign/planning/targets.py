@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import mmap
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -47,6 +49,15 @@ TPUS = {
     "TPU7x": (94.75 * GIB, 300e9, None),
 }
 KNOWN = "v5e:2x4, v5p:2x2x2, v6e:4x8, tpu7x:2x2x1"
+# The flags that `launch/worker.sh` sets on a TPU; docs/scale.md says why.
+FLAGS = (
+    "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
+    "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
+    "--xla_tpu_overlap_compute_collective_tc=true",
+    "--xla_tpu_enable_data_parallel_all_reduce_opt=true",
+    "--xla_tpu_data_parallel_opt_different_sized_ops=true",
+    "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",
+)
 
 
 def find_devices(topology: str | None, slices: int = 1) -> list[Any]:
@@ -69,6 +80,7 @@ def find_devices(topology: str | None, slices: int = 1) -> list[Any]:
         raise ValueError(f"--topology {topology}: compiling for TPUs takes libtpu: {install('tpu')}")
     # libtpu would ask Google's metadata server about the machine, and wait for it.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    _set_flags()
     if jax.config.values["jax_platforms"] is None:
         jax.config.update("jax_platforms", "cpu")
     several = {} if slices == 1 else {"num_slices": slices}
@@ -84,6 +96,17 @@ def find_devices(topology: str | None, slices: int = 1) -> list[Any]:
         kind = devices[0].device_kind
         raise ValueError(f"--topology {topology}: a {kind} cannot be planned for; what can are {KNOWN} and their like")
     return devices
+
+
+def _set_flags() -> None:
+    """Has the compiler work as under `launch/worker.sh`; what the user has set in LIBTPU_INIT_ARGS stays, and counts."""
+    given = os.environ.get("LIBTPU_INIT_ARGS", "")
+    missing = [flag for flag in FLAGS if flag.split("=")[0] not in given]
+    library = Path(importlib.import_module("libtpu").get_library_path())
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        # It ends the process that gives it a flag it does not know.
+        known = [flag for flag in missing if text.find(flag.split("=")[0].removeprefix("--").encode()) >= 0]
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join([*known, given]).strip()
 
 
 def chip_of(device: Any) -> Chip:

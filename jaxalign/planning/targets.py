@@ -99,7 +99,7 @@ def find_devices(topology: str | None, slices: int = 1) -> list[Any]:
 
 
 def _set_flags() -> None:
-    """Has the compiler work as under `launch/worker.sh`; what the user has set in LIBTPU_INIT_ARGS stays, and counts."""
+    """Has the compiler work as under `launch/worker.sh`; what the user set in LIBTPU_INIT_ARGS stays, and counts."""
     given = os.environ.get("LIBTPU_INIT_ARGS", "")
     missing = [flag for flag in FLAGS if flag.split("=")[0] not in given]
     library = Path(importlib.import_module("libtpu").get_library_path())

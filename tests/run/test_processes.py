@@ -16,7 +16,7 @@ import pytest
 
 from jaxalign.run.processes import LOST, MEND, SAVED, Group, code_of, find_group
 from tests.run.conftest import ROOT, wait_until
-from tests.run.test_resume import lines, saving
+from tests.run.test_resume import lines, saving, unfinished
 
 SLURM = {
     "SLURM_NTASKS": "4",
@@ -214,16 +214,16 @@ def test_two_by_four_stopped_goes_on_as_one_by_eight(start, config, whole):
 
 @pytest.mark.slow
 def test_two_by_four_stopped_goes_on_as_eight_by_one(start, config, whole):
-    folder, alone = config.parent / "runs" / "eight", config.with_name("sft.json")
+    folder, offline = config.parent / "runs" / "eight", config.with_name("offline.json")
     settings = json.loads(config.read_text())
-    alone.write_text(json.dumps({**settings, "stages": settings["stages"][:1]}))
-    process = start(2, 4, alone, "name=eight")
-    assert wait_until(lambda: logged(folder / "sft") >= 3, process, 400)
+    offline.write_text(json.dumps({**settings, "stages": settings["stages"][::2]}))
+    process = start(2, 4, offline, "name=eight")
+    assert wait_until(lambda: logged(folder / "dpo") >= 3, process, 400)
     process.send_signal(signal.SIGTERM)
     finish(process, SAVED)
-    output = finish(start(8, 1, alone, "name=eight"))
+    output = finish(start(8, 1, offline, "name=eight"))
     assert "begun on 8 device(s) in 2 process(es), goes on on 8 device(s) in 8 process(es)" in output
-    assert_same_losses(folder, whole, "sft")
+    assert_same_losses(folder, whole, "sft", "dpo")
 
 
 def gradients(processes: int, path: Path, **sizes: int) -> np.ndarray:
@@ -274,6 +274,32 @@ def worker(launcher: int, number: int) -> int:
         if ours and f"JAXALIGN_PROCESS={number}\0".encode() in environment:
             return int(entry.name)
     raise LookupError(f"there is no process {number}")
+
+
+@pytest.mark.slow
+def test_one_of_two_killed_inside_a_save_leaves_one_that_is_reported_and_not_used(start, config):
+    folder, alone = config.parent / "runs" / "half", config.with_name("sft.json")
+    settings = json.loads(config.read_text())
+    alone.write_text(json.dumps({**settings, "stages": settings["stages"][:1]}))
+    process = start(2, 4, alone, "name=half", "train.micro_batch_size=16")
+    saves = folder / "sft" / "checkpoints"
+    assert wait_until(lambda: (saves / "4" / "SHA256SUMS").exists(), process, 400)
+    victim = worker(process.pid, 1)
+    assert wait_until(lambda: any(name.startswith("8") for name, _ in unfinished(folder / "sft")), process, 400)
+    os.kill(victim, signal.SIGKILL)
+    told = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        told.append(line)
+        if "starting again" in line:
+            break
+    before = lines(folder / "sft")
+    assert not (saves / "8" / "SHA256SUMS").exists() and len(before) >= 8
+    output = finish(process)
+    assert "checkpoints/8 is not used: the save did not finish" in output and "continuing after step 4" in output
+    # What was computed after the last complete checkpoint is computed again, bit for bit.
+    after = [record for record in lines(folder / "sft") if record["step"] <= 8]
+    assert after == [record for record in before if record["step"] <= 8]
 
 
 @pytest.mark.slow

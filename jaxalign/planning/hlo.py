@@ -18,6 +18,8 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 FREE = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"})
 FREE |= {"after-all", "partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "async-done"}
 READERS = ("dynamic-slice", "slice", "gather")
+# They write into their first operand in place: which operand it is that they write.
+WRITERS = {"dynamic-update-slice": 1, "scatter": 2}
 WIDTHS = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "token": 0, "opaque": 0}
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -210,27 +212,29 @@ class _Reader:
         own = size(each.type, memory=True)
         if each.op == "copy-start":
             return own  # its type has source and target
+        if each.op in ("slice-start", "dynamic-slice-start"):
+            return _element(each.type, 1, memory=False) + _element(each.type, 1)  # the source comes first
         if each.op in READERS:
             return 2 * own
-        if each.op == "dynamic-update-slice":
-            return 2 * _operand(computation, each, 1)
+        if each.op in WRITERS:
+            return 2 * _operand(computation, each, WRITERS[each.op])
         inside = self._computations.get(next(iter(_called(each, "calls")), ""), {}) if each.op == "fusion" else {}
         if not inside:
             return own + sum(_operand(computation, each, i) for i in range(len(each.operands)))
         if any(_channel(inner) in self._carried for inner in inside.values()):
-            passed = [(int(made or 0), int(given)) for made, given in _ALIASES.findall(_aliasing(each))]
+            passed = _aliases(each)
             own -= sum(_element(each.type, made) for made, _ in passed)
             kept = set(range(len(each.operands))) - {given for _, given in passed}
             return own + sum(self._read_by(computation, each, inside, i) for i in kept)
         updates = {
-            inner.operands[0]: _operand(inside, inner, 1, memory=False)
+            inner.operands[0]: _operand(inside, inner, WRITERS[inner.op], memory=False)
             for inner in inside.values()
-            if inner.op == "dynamic-update-slice" and inner.operands
+            if inner.op in WRITERS and inner.operands
         }
         written = own
         if updates and (root := next((inner for inner in inside.values() if inner.root), None)) is not None:
             origin = _origin(inside, root)
-            written = updates[origin.operands[0]] if origin.op == "dynamic-update-slice" else own
+            written = updates[origin.operands[0]] if origin.op in WRITERS else own
         return written + sum(self._read_by(computation, each, inside, i) for i in range(len(each.operands)))
 
     def _read_by(self, computation: Computation, each: Instruction, inside: Computation, place: int) -> float:
@@ -251,7 +255,7 @@ class _Reader:
         for user in users:
             if user.op in READERS and user.operands[0] in names:
                 read += size(user.type)
-            elif user.op == "dynamic-update-slice" and user.operands[0] in names:
+            elif user.op in WRITERS and user.operands[0] in names:
                 read += 0.0  # written in place
             else:
                 return whole
@@ -296,17 +300,16 @@ def _channel(each: Instruction) -> str:
     return found[1] if found else ""
 
 
-def _aliasing(each: Instruction) -> str:
-    """Which results are which operands, as written."""
-    start = each.rest.find("output_to_operand_aliasing={")
-    end = each.rest.find(")}", start)
-    return each.rest[start:end] if 0 <= start < end else ""
+def _aliases(each: Instruction) -> list[tuple[int, int]]:
+    """Results and operands, by place, that are one array."""
+    found = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", each.rest)
+    return [(int(made or 0), int(given)) for made, given in _ALIASES.findall(found[1])] if found else []
 
 
-def _element(type_text: str, place: int) -> float:
-    """Bytes in memory of one array of a type."""
+def _element(type_text: str, place: int, *, memory: bool = True) -> float:
+    """Bytes of one array of a type, see `size`."""
     arrays = [found[0] for found in re.finditer(_ARRAY, type_text)]
-    return size(arrays[place], memory=True) if place < len(arrays) else 0.0
+    return size(arrays[place], memory=memory) if place < len(arrays) else 0.0
 
 
 def _origin(inside: Computation, root: Instruction) -> Instruction:

@@ -183,3 +183,35 @@ def test_a_collective_beside_other_work_counts_once():
     assert found.collectives == {"all-gather": (1, 1600.0)}
     # What is gathered is written once; the fusion beside it reads and writes its 50 numbers; the end reads the shard.
     assert found.moved == 1600 + (200 + 200) + 400
+
+
+IN_PLACE = """\
+HloModule tiny, is_scheduled=true
+
+%last (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  ROOT %b = f32[] parameter(1)
+}
+
+%put (p0: f32[60,100], p1: s32[3,1], p2: f32[3,100]) -> f32[60,100] {
+  %p0 = f32[60,100]{1,0} parameter(0)
+  %p1 = s32[3,1]{1,0} parameter(1)
+  %p2 = f32[3,100]{1,0} parameter(2)
+  ROOT %in = f32[60,100]{1,0} scatter(%p0, %p1, %p2), update_window_dims={1}, to_apply=%last
+}
+
+ENTRY %main (x: f32[60,100], i: s32[3,1], y: f32[3,100]) -> f32[60,100] {
+  %x = f32[60,100]{1,0} parameter(0)
+  %i = s32[3,1]{1,0} parameter(1)
+  %y = f32[3,100]{1,0} parameter(2)
+  %new = f32[60,100]{1,0} fusion(%x, %i, %y), kind=kCustom, calls=%put
+  %ahead = ((f32[60,100]{1,0}), f32[5,100]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%new), slice={[0:5], [0:100]}
+  %here = f32[5,100]{1,0:S(1)} slice-done(%ahead)
+  ROOT %out = f32[60,100]{1,0} bitcast(%new)
+}
+"""
+
+
+def test_what_is_scattered_and_what_is_sliced_ahead_counts_alone():
+    """As for a cache: three rows of sixty are written, from their indices and values; five are read into a core."""
+    assert traffic(IN_PLACE).moved == (3 * 400 + 3 * 4 + 3 * 400) + 5 * 400

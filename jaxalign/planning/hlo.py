@@ -308,8 +308,7 @@ def _aliases(each: Instruction) -> list[tuple[int, int]]:
 
 def _element(type_text: str, place: int, *, memory: bool = True) -> float:
     """Bytes of one array of a type, see `size`."""
-    arrays = [found[0] for found in re.finditer(_ARRAY, type_text)]
-    return size(arrays[place], memory=memory) if place < len(arrays) else 0.0
+    return sum(size(found[0], memory=memory) for found in [*re.finditer(_ARRAY, type_text)][place : place + 1])
 
 
 def _origin(inside: Computation, root: Instruction) -> Instruction:

@@ -77,4 +77,4 @@ def test_a_long_row_takes_half_the_memory_on_two_devices():
     ratio = shared[0].temp_size_in_bytes / alone[0].temp_size_in_bytes
     assert ratio <= 0.65  # gradients, and the logits of a chunk of predictions, are whole on both
     # No whole row's hidden states pass between the devices: keys and values, 2 heads of 8, are the widest.
-    assert 0 < traffic(shared[1]).largest <= 8192 * 2 * 8 * 4
+    assert 0 < traffic(shared[1], devices=2).largest <= 8192 * 2 * 8 * 4

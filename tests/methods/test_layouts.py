@@ -110,7 +110,9 @@ def test_preference_gradients_do_not_depend_on_the_layout(layout, share, wanted_
     assert_same(run_preference(*tiny_model(**THREE), share=share, **LAYOUTS[layout]), wanted_preference, 1e-5)
 
 
-@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES.keys())
+@pytest.mark.parametrize(
+    "mesh", [MESHES["2x2x2"], *(pytest.param(MESHES[name], marks=pytest.mark.slow) for name in ("8x1x1", "1x8x1"))]
+)
 def test_preference_gradients_do_not_depend_on_the_mesh(mesh, wanted_preference):
     assert_same(run_preference(*tiny_model(**THREE), mesh=make_mesh(mesh), micro_batch_size=4), wanted_preference, 1e-5)
 
@@ -127,7 +129,12 @@ READING = {
 }
 
 
-@pytest.mark.parametrize("kind", READING)
+QUICK = ("lengths", "sums")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in READING]
+)
 def test_other_losses_split_alike(kind):
     model, (run, settings) = tiny_model(num_layers=1, windows=(9,)), READING[kind]
     with quick_compiles():

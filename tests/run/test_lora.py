@@ -116,7 +116,7 @@ def test_an_adapter_for_another_base(lora, tiny, tmp_path, caplog):
         prepare(parse_config(lora | {"lora": {"path": str(folder)}}).stages[0])
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_over_quantised_weights(kind, lora):
     lora["model"] |= {"quantization": kind}
     result = run(parse_config(lora))

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pytest
 from jaxalign.run.processes import LOST, MEND, SAVED, Group, code_of, find_group
 from tests.run.conftest import ROOT, wait_until
 from tests.run.test_resume import lines, saving, unfinished
+from tests.together import run_together
 
 SLURM = {
     "SLURM_NTASKS": "4",
@@ -228,25 +228,8 @@ def test_two_by_four_stopped_goes_on_as_eight_by_one(start, config, whole):
 
 def gradients(processes: int, path: Path, **sizes: int) -> np.ndarray:
     """Of `tests/run/gradients.py` on 8 devices in so many processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAXALIGN", "XLA_"))}
     flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.run.gradients"]
-            + [str(word) for word in (port, processes, number, 8 // processes, json.dumps(sizes), path)],
-            env={**kept, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-        )
-        for number in range(processes)
-    ]
-    for process in started:
-        finish(process)
+    run_together("tests.run.gradients", processes, 8 // processes, json.dumps(sizes), path, flags=flags)
     return np.load(path)
 
 

@@ -1,17 +1,13 @@
 """Guarantee 2 over whole trainings: processes and meshes change neither losses nor what is drawn, in float64."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.run.conftest import ROOT, finish
+from tests.together import run_together
 
 METHODS = ["sft", "dpo", "grpo", "ppo"]
 # As in `tests/compiling.py`: what is compared are sums, not speed.
@@ -31,24 +27,7 @@ def case(mesh: dict[str, int], methods: list[str] = METHODS, steps: int = 10, sp
 
 def trained(processes: int, devices: int, path: Path, *cases: dict[str, Any]) -> list[dict[str, Any]]:
     """What `tests/run/trajectories.py` finds with so many processes and devices of each, case by case."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAXALIGN", "XLA_"))}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.run.trajectories"]
-            + [str(word) for word in (port, processes, number, devices, json.dumps(cases), path)],
-            env={**kept, "XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-        )
-        for number in range(processes)
-    ]
-    for process in started:
-        finish(process)
+    run_together("tests.run.trajectories", processes, devices, json.dumps(cases), path, flags=FLAGS)
     return json.loads(path.read_text())
 
 

@@ -1,40 +1,18 @@
 """Checkpoints of several processes: read together, decided alike, and complete before anybody leaves."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 from jaxalign.training.sums import SUMS
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.together import run_together
 
 
 def together(processes: int, folder: Path) -> list[dict]:
     """What each of so many processes of `tests/training/saving.py` saw."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAXALIGN", "XLA_"))}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.training.saving", str(port), str(processes), str(number), str(folder)],
-            env={**kept, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-        )
-        for number in range(processes)
-    ]
-    seen = []
-    for process in started:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output  # jax aborts them all where one leaves long before the others
-        seen += [json.loads(line.removeprefix("SEEN ")) for line in output.splitlines() if line.startswith("SEEN ")]
-    return seen
+    # jax aborts them all where one leaves long before the others.
+    outputs = run_together("tests.training.saving", processes, folder)
+    lines = [line for output in outputs for line in output.splitlines() if line.startswith("SEEN ")]
+    return [json.loads(line.removeprefix("SEEN ")) for line in lines]
 
 
 def test_two_processes_share_the_work_decide_alike_and_leave_together(tmp_path):

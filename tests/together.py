@@ -1,0 +1,36 @@
+"""Several processes of one script, connected by `jax.distributed` on loopback."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_together(module: str, processes: int, *words: object, flags: str = "") -> list[str]:
+    """What each process of a module printed; all must end with status 0.
+
+    A module's arguments are the coordinator's port, the number of processes, its own number, and `words`; `flags` are
+    XLA's.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAXALIGN", "XLA_"))}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *map(str, (port, processes, number, *words))],
+            env={**kept, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+        )
+        for number in range(processes)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    for process, output in zip(started, outputs, strict=True):
+        assert process.returncode == 0, output
+    return outputs

@@ -49,19 +49,23 @@ if [[ ${JAX_PLATFORMS:-} != cpu && $processes -gt 1 ]]; then
   fi
 fi
 
-# A port that is free now, and the one after it.
+# A port that is free, and the one after it. Not of those that the kernel gives to whoever connects somewhere: between
+# now and when process 0 listens, such a port is soon taken.
 free_port() {
   "${PYTHON:-python3}" -c '
-import socket
+import pathlib, random, socket
+kernel = pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range")
+first = int(kernel.read_text().split()[0]) if kernel.is_file() else 32768
 while True:
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        try:
-            two.bind(("127.0.0.1", one.getsockname()[1] + 1))
-        except (OSError, OverflowError):
-            continue
-        print(one.getsockname()[1])
-        break'
+    port = random.randrange(10000, max(first, 10100) - 1)
+    try:
+        for number in port, port + 1:
+            with socket.socket() as one:
+                one.bind(("127.0.0.1", number))
+    except OSError:
+        continue
+    print(port)
+    break'
 }
 
 children=() statuses=() stopping='' interrupted=''

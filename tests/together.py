@@ -1,6 +1,7 @@
 """Several processes of one script, connected by `jax.distributed` on loopback."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -9,15 +10,30 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def free_port() -> int:
+    """A port that is free, and the one after it; the kernel gives neither to whoever connects somewhere.
+
+    The tests that run beside this one connect all the time, and seconds pass before a process of a run listens.
+    """
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(10_000, first - 1)
+        try:
+            for number in (port, port + 1):
+                with socket.socket() as one:
+                    one.bind(("127.0.0.1", number))
+        except OSError:
+            continue
+        return port
+
+
 def run_together(module: str, processes: int, *words: object, flags: str = "") -> list[str]:
     """What each process of a module printed; all must end with status 0.
 
     A module's arguments are the coordinator's port, the number of processes, its own number, and `words`; `flags` are
     XLA's.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAXALIGN", "XLA_"))}
     started = [
         subprocess.Popen(

@@ -12,6 +12,7 @@ import json
 import os
 import select
 import socket
+import struct
 import sys
 import threading
 import time
@@ -225,24 +226,31 @@ def _report(
     where, why = f"process 0 at {host}:{port}", "no answer"
     while time.monotonic() < end:
         try:
-            peer = Peer(socket.create_connection((host, port), timeout=5))
+            connection = socket.create_connection((host, port), timeout=5)
         except OSError as error:
             why = str(error)
             time.sleep(0.2)
             continue
+        if connection.getsockname() == connection.getpeername():
+            # Nobody listens on this machine yet, and the kernel has given our end the very port that it was to reach.
+            # A plain close would keep process 0 off that port for a minute.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.close()
+            continue
+        peer = Peer(connection)
         peer.send({"process": process, "count": count, "name": own})
         try:
             said = peer.receive(end + 5)  # process 0 keeps the time, and says who is missing
         except TimeoutError:
             peer.close()
             break
-        if said is None or said["problem"] is not None:
+        if said is None or not {"problem", "names"} <= set(said):
             peer.close()
-        if said is None:
-            why = "it closed the connection"
+            why = "it closed the connection" if said is None else "it is something else that answers"
             time.sleep(0.2)
             continue
         if said["problem"] is not None:
+            peer.close()
             raise ValueError(f"the processes did not come together: {said['problem']}")
         return peer, {int(number): name for number, name in said["names"].items()}
     raise ValueError(

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from jaxalign.models.transformer import Model
 from jaxalign.sharding import MeshConfig, make_mesh, param_shardings
 from jaxalign.types import Variables
 from tests.models import tiny
+from tests.together import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -374,11 +374,8 @@ save(target, model, variables, None, max_shard_size=60_000)
 def test_two_processes(tmp_path):
     """Each of two processes reads its half, and together they write the whole."""
     content = tiny.write_folder(tmp_path / "in", tiny.CONFIGS["gpt2"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    command = [sys.executable, "-c", PROCESS]
+    command, port = [sys.executable, "-c", PROCESS], free_port()
     started = [
         subprocess.Popen(
             [*command, str(process), str(port), str(tmp_path / "in"), str(tmp_path / "out")],

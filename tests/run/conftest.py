@@ -144,12 +144,13 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
 
 
 def wait_until(condition, process, seconds=240.0):
-    """Polls a condition; False if the process ended first."""
+    """Polls a condition; False if the process ended first, whose output is then printed."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
             return True
         if process.poll() is not None:
+            print(process.stdout.read())
             return False
         time.sleep(0.002)
     raise TimeoutError("the process did not get that far")

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from jaxalign.run.line import Line, Peer, check_address, open_line
+from tests.together import free_port
 
 LOST = 75
 
@@ -15,16 +16,7 @@ LOST = 75
 @pytest.fixture
 def coordinator() -> str:
     """An address whose port, and the one after it, are free."""
-    for _ in range(50):
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-            try:
-                two.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return f"127.0.0.1:{port}"
-    raise RuntimeError("no two free ports")
+    return f"127.0.0.1:{free_port()}"
 
 
 def call_roll(coordinator: str, *processes: tuple[int, int], seconds: float = 10) -> list[Line | str]:
@@ -185,3 +177,25 @@ def test_a_message_in_pieces():
     ours.close()
     assert peer.receive() is None
     peer.close()
+
+
+def test_a_connection_to_oneself_is_not_taken_for_process_0(coordinator, monkeypatch):
+    connect, own = socket.create_connection, []
+
+    def to_itself(address: tuple[str, int], timeout: float) -> socket.socket:
+        """What happens by chance while nobody listens on a port of those that the kernel deals out."""
+        if own:
+            return connect(address, timeout)
+        own.append(connect(address, timeout, source_address=address))
+        return own[0]
+
+    monkeypatch.setattr(socket, "create_connection", to_itself)
+    first: list[Line | str] = []
+    later = threading.Timer(0.5, lambda: first.extend(call_roll(coordinator, (0, 2))))
+    later.start()
+    (second,) = call_roll(coordinator, (1, 2))
+    later.join()
+    assert own and own[0].fileno() == -1  # closed
+    for line in (*first, second):
+        assert isinstance(line, Line), line
+        hang_up(line)

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from jaxalign import sampling
+from jaxalign.methods.rollout import padded_width
 from jaxalign.models.pretrained import load
 
 # An instruction of the compiled program: its name, what follows, and the operation that it comes from.
@@ -47,7 +48,7 @@ def main() -> None:
         model, variables = load(args.model or Path(folder) / "llama5m")
     draw = np.random.default_rng(0)
     lengths = draw.integers(cases.PROMPT_LENGTHS[0], cases.PROMPT_LENGTHS[1] + 1, args.slots).astype(np.int32)
-    width = sampling.bucket_width(int(lengths.max()))
+    width = padded_width(int(lengths.max()))
     prompts = draw.integers(cases.SPECIAL_IDS, model.config.vocab_size, (args.slots, width)).astype(np.int32)
     generate = sampling.make_generate(model, sampling.Config(max_new_tokens=args.new_tokens))
     given = (sampling.make_decoding(model)(variables), prompts, lengths)

@@ -14,10 +14,11 @@ from ours import least_flops
 
 import jaxalign
 from jaxalign import rewards, sampling
-from jaxalign.methods import grpo
+from jaxalign.methods import grpo, ppo
 from jaxalign.methods.offline import Layout
 from jaxalign.methods.online import OnlineSource, Parts
-from jaxalign.methods.rollout import make_draw, row_length
+from jaxalign.methods.rollout import make_draw, padded_width, row_length
+from jaxalign.methods.row_length import choose_rollout_length
 from jaxalign.models import Model
 from jaxalign.models.config import count_params, forward_flops
 from jaxalign.models.pretrained import load
@@ -49,7 +50,7 @@ def sample(args) -> None:
         slots=args.batch_size,
         refill=args.batch_size if args.waves else None,
     )
-    width = sampling.bucket_width(max(map(len, prompts)))
+    width = padded_width(max(map(len, prompts)))
     draw = make_draw(model, config, make_mesh(MeshConfig()), width=width)
     counters = {}
 
@@ -111,11 +112,8 @@ def train(args) -> None:
 
 def make_source(args, model: Model, config: grpo.Config, frozen: Variables, prompts: list[np.ndarray]) -> OnlineSource:
     """The source, sampler and layout as `run.online` and `run.prepare` make them."""
-    mesh, longest = make_mesh(MeshConfig()), max(map(len, prompts))
-    width = sampling.bucket_width(longest)
-    length = row_length(
-        longest, args.new_tokens, args.generations, share_prompt=config.share_prompt, multiple=ROW_MULTIPLE
-    )
+    mesh, width = make_mesh(MeshConfig()), padded_width(max(map(len, prompts)))
+    layout = make_layout(args, model, config, prompts)
     drawing = sampling.Config(max_new_tokens=args.new_tokens, num_generations=args.generations)
     parts = Parts(
         prompts=[{"prompt_ids": ids} for ids in prompts],
@@ -125,8 +123,18 @@ def make_source(args, model: Model, config: grpo.Config, frozen: Variables, prom
         rewards=(REWARD.name,),
         width=width,
     )
-    layout = Layout(args.batch_size, args.micro_batch_size or args.batch_size, length)
     return OnlineSource(grpo, config, parts, layout, mesh, key=jax.random.key(0), shuffle=False)
+
+
+def make_layout(args, model: Model, config: grpo.Config | ppo.Config, prompts: list[np.ndarray]) -> Layout:
+    """Rows of the length that a run on CPU takes for these prompts."""
+    lengths, micro = [len(ids) for ids in prompts], args.micro_batch_size or args.batch_size
+    known = {"completions": config.num_generations, "share_prompt": config.share_prompt, "multiple": ROW_MULTIPLE}
+    least = row_length(max(lengths), args.new_tokens, **known)
+    length = choose_rollout_length(
+        lengths, args.batch_size, micro, steps=args.new_tokens, least=least, model=model.config, **known
+    )
+    return Layout(args.batch_size, micro, length)
 
 
 def score(experience: Experience):

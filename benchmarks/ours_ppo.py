@@ -10,13 +10,12 @@ import jax
 import numpy as np
 import rollouts
 from ours import least_flops
-from ours_online import ROW_MULTIPLE, Rates, report
+from ours_online import Rates, make_layout, report
 
 from jaxalign import sampling
 from jaxalign.methods import ppo
-from jaxalign.methods.offline import Layout
 from jaxalign.methods.online import OnlineSource, Parts
-from jaxalign.methods.rollout import make_draw, row_length
+from jaxalign.methods.rollout import make_draw, padded_width
 from jaxalign.models import add_score_head
 from jaxalign.models.pretrained import load
 from jaxalign.rewards.model import make_scorer
@@ -41,7 +40,7 @@ def texts(experience: Experience) -> list[np.ndarray]:
 
 def make_parts(args, models: ppo.Models, config: ppo.Config, frozen, prompts: list[np.ndarray]) -> Parts:
     """Sampler, reward model and passes as `run.online` makes them; the reward model is the policy with a new head."""
-    mesh, width = make_mesh(MeshConfig()), sampling.bucket_width(max(map(len, prompts)))
+    mesh, width = make_mesh(MeshConfig()), padded_width(max(map(len, prompts)))
     model, variables = load(args.model, compute_dtype=args.dtype)
     scorer = make_scorer(*add_score_head(model, variables, jax.random.key(1)))
     drawing = sampling.Config(max_new_tokens=args.new_tokens, temperature=config.temperature)
@@ -82,8 +81,7 @@ def main() -> None:
     placed = param_shardings(mesh, state)
     state = jax.device_put(state, placed)
     step = jax.jit(ppo.make_step(config, models, optimizer, schedule), donate_argnums=0, out_shardings=(placed, None))
-    length = row_length(max(map(len, prompts)), args.new_tokens, 1, share_prompt=True, multiple=ROW_MULTIPLE)
-    layout = Layout(args.batch_size, args.micro_batch_size or args.batch_size, length)
+    layout = make_layout(args, model, config, prompts)
     parts = make_parts(args, models, config, frozen, prompts)
     source = OnlineSource(ppo, config, parts, layout, mesh, key=jax.random.key(0), shuffle=False)
     measured: dict[str, list[Any]] = {name: [] for name in ("seconds", "sampling_seconds", "losses", "lengths")}

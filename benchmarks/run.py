@@ -42,7 +42,8 @@ class Variant(NamedTuple):
 
 OFFLINE, SAMPLING = ("sft", "dpo"), ("sample", "sample-ragged")
 VARIANTS = {
-    "jaxalign": Variant("jaxalign", "float32"),
+    "jaxalign": Variant("jaxalign", "float32", ("--remat", "dots_attention")),
+    "jaxalign-keep-all": Variant("jaxalign", "float32", ("--remat", "none"), (*OFFLINE, "grpo", "ppo")),
     "jaxalign-waves": Variant("jaxalign", "float32", ("--waves",), ("sample-ragged",)),
     "trl": Variant("trl", "float32"),
     "tunix": Variant("tunix", "float32"),
@@ -89,11 +90,11 @@ class Task(NamedTuple):
 
 TASKS = {
     "sft": Task(".py", ("jaxalign", "trl", "tunix", "trl-bf16"), 8, 5, 2, 3, micro_batch_size=4),
-    "dpo": Task(".py", ("jaxalign", "trl", "tunix", "trl-bf16"), 8, 5, 2, 3, micro_batch_size=2),
+    "dpo": Task(".py", ("jaxalign", "trl", "tunix", "trl-bf16"), 8, 5, 2, 3, micro_batch_size=4),
     "sample": Task("_online.py", ("jaxalign", "trl", "tunix"), 16, 3, 1, 2),
     "sample-ragged": Task("_online.py", ("jaxalign", "jaxalign-waves", "trl", "trl-continuous"), 8, 3, 1, 2, 64),
     "grpo": Task("_online.py", ("jaxalign", "trl", "tunix"), 2, 3, 1, 2),
-    "ppo": Task("_ppo.py", ("jaxalign", "trl"), 16, 3, 1, 2, micro_batch_size=2),
+    "ppo": Task("_ppo.py", ("jaxalign", "trl"), 16, 3, 1, 2, micro_batch_size=4),
 }
 # On the larger model a call takes many seconds.
 FEWER = {

@@ -59,6 +59,7 @@ def test_figures(scripts):
     assert "mfu" not in unknown and unknown["seconds"] == 4
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     results = tmp_path / "results.jsonl"
     command = [sys.executable, FOLDER / "gpu.py", "--shapes", "tiny", "--tasks", "dpo", "--steps", "1"]

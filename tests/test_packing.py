@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxalign.methods.row_length import choose_length
+from jaxalign.methods.row_length import choose_length, choose_rollout_length
 from jaxalign.packing import Document, build, efficiency, pack, pieces_of, plan
 from jaxalign.placing import Piece, bucket, first_fit, place, share_out
+from tests.layouts import tiny_config
 
 
 def document(trunk, *branches):
@@ -237,6 +238,21 @@ def test_row_length_that_wastes_few_predictions():
     pieces = [[Piece(126, 96 if i % 8 == 0 else 4)] for i in range(64)]
     assert choose_length([pieces], 8, attention_weight=1e-4) == 128
     assert choose_length([pieces], 8, attention_weight=1e-4, prediction_weight=1.0) == 512
+
+
+def test_row_length_for_rollouts():
+    known = {"batch_size": 32, "micro_batch_size": 8, "multiple": 32, "model": tiny_config(embed_dim=512, mlp_dim=2048)}
+    # A prompt of 300 tokens among short ones: a row as long as its document holds three of the others, 119 to 125
+    # tokens each, and leaves 50 free; one of 512 holds four.
+    short = [20 + i % 7 for i in range(64)]
+    ragged = {"steps": 100, "completions": 1, "share_prompt": True, "least": 416}
+    assert choose_rollout_length([300, *short], **known, **ragged) == 512
+    # Of 32 documents of a micro-batch, each with a prompt of its own, rows of 640 leave fewer over.
+    apart = ragged | {"completions": 4, "share_prompt": False}
+    assert choose_rollout_length([300, *short], **known, **apart) == 640
+    # Groups that are as long as each other take a row each, however many there are.
+    equal = {"steps": 100, "completions": 8, "share_prompt": True, "least": 832}
+    assert choose_rollout_length([30] * 64, **known, **equal) == 832
 
 
 def test_efficiency_counts_padding():

@@ -55,6 +55,11 @@ def make_draw(
     return draw
 
 
+def padded_width(longest: int) -> int:
+    """Tokens that prompts are padded to where the longest has so many: one shape serves a whole run, so a tight one."""
+    return -(-longest // 16) * 16
+
+
 def pad_prompts(prompts: Sequence[np.ndarray], width: int, shards: int) -> tuple[np.ndarray, np.ndarray]:
     """Prompts as int32 `[rows, width]` and their lengths `[rows]`; rows are a multiple of the shards."""
     rows = -(-len(prompts) // shards) * shards

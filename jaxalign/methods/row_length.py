@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from jaxalign.models import ModelConfig
 from jaxalign.models.config import count_params
 from jaxalign.placing import PREDICTIONS_MULTIPLE, Piece, bucket, place, share_out
@@ -11,6 +13,8 @@ from jaxalign.placing import PREDICTIONS_MULTIPLE, Piece, bucket, place, share_o
 # Time per FLOP of attention over that of the blocks' matrix products, which its softmax and its small products raise. A
 # round figure for one that varies: `benchmarks/attention_cost.py` gave 3.8 for SmolLM2's blocks on 2 CPU cores.
 ATTENTION_SLOWNESS = 2.5
+# How many completions `choose_rollout_length` places: enough for a steady mean, few enough to take no time.
+LOOKED_AT = 512
 
 
 def choose_length(
@@ -24,8 +28,8 @@ def choose_length(
 ) -> int:
     """The row length that makes a set of examples cheapest to train on.
 
-    Packs each batch at every candidate length (multiples of `multiple` between the longest example and four times that)
-    and adds up `rows * (length * (1 + attention_weight * length) + prediction_weight * predictions)`, `predictions`
+    Packs each batch at candidate lengths (multiples of `multiple` between the longest example and four times that) and
+    adds up `rows * (length * (1 + attention_weight * length) + prediction_weight * predictions)`, `predictions`
     being those that a row has room for.
 
     Args:
@@ -53,7 +57,46 @@ def choose_length(
             total += len(micro_batches) * bucket(rows) * row
         return total
 
-    return min((n * multiple for n in range(shortest, 4 * shortest + 1)), key=cost)
+    # Of long rows not every length is tried, but steps of a sixteenth.
+    return min((n * multiple for n in range(shortest, 4 * shortest + 1, max(1, shortest // 16))), key=cost)
+
+
+def choose_rollout_length(
+    prompts: Sequence[int] | np.ndarray,
+    batch_size: int,
+    micro_batch_size: int,
+    *,
+    steps: int,
+    completions: int,
+    share_prompt: bool,
+    least: int,
+    model: ModelConfig,
+    multiple: int,
+) -> int:
+    """The row length for rollouts on these prompts, if every completion takes all tokens that it may.
+
+    Args:
+      prompts: tokens of each prompt, in training order or shuffled; the first ones are looked at.
+      batch_size: prompts per batch.
+      micro_batch_size: prompts per micro-batch.
+      steps: most tokens of a completion; the last one is only a target.
+      completions: per prompt.
+      share_prompt: whether they share a copy of their prompt, and so a row.
+      least: the shortest length that may be taken.
+      model: whose costs count.
+      multiple: row lengths are multiples of this.
+    """
+    together, rows = (completions, 1) if share_prompt else (1, completions)
+    looked_at = prompts[: max(micro_batch_size, LOOKED_AT // rows)]
+    pieces = [[Piece(int(n) + together * (steps - 1), together * steps, together)] * rows for n in looked_at]
+    return choose_length(
+        [pieces[start : start + batch_size] for start in range(0, len(pieces), batch_size)],
+        micro_batch_size,
+        attention_weight=attention_weight(model),
+        prediction_weight=prediction_weight(model),
+        multiple=multiple,
+        longest=least,
+    )
 
 
 def _micro_batches(batch: Sequence[Sequence[Piece]], size: int) -> list[list[Piece]]:

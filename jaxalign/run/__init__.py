@@ -219,11 +219,14 @@ def _lineage(ready: Prepared) -> dict[str, Any]:
     model, lora, report = ready.stage.model, ready.stage.lora, ready.data.report
     mixed = None if ready.supervised is None else ready.supervised.train
     hashes = reward_hashes(ready.stage.rollout)
+    scorers = sorted({each.model for each in ready.stage.rollout.rewards if each.model})
     rows = [each.rows for each in (ready.data.train, ready.data.eval, mixed) if each is not None]
     lineage = {
         "policy": {"from": model.path, "sha256": models.fingerprint(model.path)},
         "reference": model.reference and {"from": model.reference, "sha256": models.fingerprint(model.reference)},
         "adapter": lora and lora.path and {"from": lora.path, "sha256": adapter_fingerprint(lora.path)},
+        **({"critic": {"from": model.critic, "sha256": models.fingerprint(model.critic)}} if model.critic else {}),
+        **({"reward_models": {path: models.fingerprint(path) for path in scorers}} if scorers else {}),
         "data": {path: digest for each in rows if each is not None for path, digest in each.hashes.items()},
         **({"rewards": hashes} if hashes else {}),
         **({"parts": {title: asdict(share) for title, share in report.parts.items()}} if report.parts else {}),

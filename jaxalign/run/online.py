@@ -13,7 +13,16 @@ import numpy as np
 from jaxalign import data, losses, models, sampling
 from jaxalign.methods.common import has_critic
 from jaxalign.methods.online import OnlineSource, Parts
-from jaxalign.methods.rollout import Draw, Pass, make_draw, reward_metrics, rollout_metrics, select, to_experience
+from jaxalign.methods.rollout import (
+    Draw,
+    Pass,
+    make_draw,
+    padded_width,
+    reward_metrics,
+    rollout_metrics,
+    select,
+    to_experience,
+)
 from jaxalign.run.adapting import adapt, extended_config, longer_context
 from jaxalign.run.drawing import sampling_config
 from jaxalign.run.inputs import ADAPTER, HEAD, load_start
@@ -21,7 +30,6 @@ from jaxalign.run.prepare import Prepared
 from jaxalign.run.programs import base_shapes, make_field_passes
 from jaxalign.run.rollout_scores import Scoring, weights_of
 from jaxalign.run.supervised import make_supervised
-from jaxalign.sampling import bucket_width
 from jaxalign.sharding import Mesh, remesh
 from jaxalign.training.loop import Evaluate, OnSample
 from jaxalign.types import Experience, Mean, Metrics, PyTree, Variables
@@ -33,7 +41,7 @@ EVALUATION = np.iinfo(np.int32).max - 2
 def prompt_width(ready: Prepared) -> int:
     """Tokens of the longest prompt of the stage, rounded up."""
     sets = [each for each in (ready.data.train, ready.data.eval) if each is not None]
-    return bucket_width(max(int(each.lengths["prompt"].max()) for each in sets))
+    return padded_width(max(int(each.lengths["prompt"].max()) for each in sets))
 
 
 def draw_mesh(ready: Prepared) -> Mesh:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign import data, models, sampling
+from jaxalign import data, models
 from jaxalign.config import Stage
 from jaxalign.methods import METHODS
 from jaxalign.methods.common import (
@@ -27,6 +27,7 @@ from jaxalign.methods.common import (
 )
 from jaxalign.methods.offline import Layout, make_layout, pack_global, packing_report, split, split_length
 from jaxalign.methods.rollout import row_length
+from jaxalign.methods.row_length import choose_rollout_length
 from jaxalign.methods.running import with_carry
 from jaxalign.models.attention import Attention
 from jaxalign.models.config import DType
@@ -329,7 +330,6 @@ def online_layout(
     micro = train.micro_batch_size or train.batch_size
     shards, process, processes = split(mesh, micro)
     longest = max(int(each.lengths["prompt"].max()) for each in examples)
-    width = sampling.bucket_width(longest)
     if longest + method.max_completion_length > config.max_position:
         raise ValueError(
             f"method.max_completion_length={method.max_completion_length} and the longest prompt of {longest} tokens "
@@ -337,7 +337,7 @@ def online_layout(
         )
     multiple = 32 if mesh.devices.flat[0].platform == "cpu" else 128
     least = row_length(
-        min(width, longest),
+        longest,
         method.max_completion_length,
         method.num_generations,
         share_prompt=method.share_prompt,
@@ -348,5 +348,19 @@ def online_layout(
     if isinstance(train.row_length, int) and train.row_length < least:
         what = "a prompt with its completions" + (", or a text of ptx_data," if mixed is not None else "")
         raise ValueError(f"train.row_length={train.row_length}, but {what} may take {least}")
-    length = least if isinstance(train.row_length, str) else train.row_length
+    if isinstance(train.row_length, int):
+        length = train.row_length
+    else:
+        known = examples[0].lengths["prompt"]
+        length = choose_rollout_length(
+            known[np.random.default_rng(stage.data.seed).permutation(len(known))],
+            train.batch_size,
+            micro,
+            steps=method.max_completion_length,
+            completions=method.num_generations,
+            share_prompt=method.share_prompt,
+            least=least,
+            model=config,
+            multiple=multiple,
+        )
     return Layout(train.batch_size, micro, split_length(length, mesh), shards, process, processes)

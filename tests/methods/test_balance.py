@@ -100,6 +100,7 @@ def test_the_split_changes_nothing(sparse, wanted, layout):
     assert_same(run_sft(*sparse, **layout), wanted, 1e-5)
 
 
+@pytest.mark.slow
 def test_prompts_may_be_shared(sparse):
     whole = run_preference(*sparse, micro_batch_size=8)
     assert_same(run_preference(*sparse, share=False, **UNEVEN), whole, 1e-5)
@@ -243,7 +244,8 @@ def test_every_method_has_it(name):
         method.make_loss(method.Config(**settings, router_aux_loss_coef=0.1), tiny_model(num_layers=1, windows=(9,))[0])
 
 
-@pytest.mark.parametrize("name", [pytest.param("kto", marks=pytest.mark.slow), "aot"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kto", "aot"])
 def test_losses_that_couple_the_batch_have_its_gradient(name):
     """It goes through both passes: the same in any split, and linear in the coefficient."""
     method, settings, _, make, _ = METHODS[name]
@@ -258,7 +260,7 @@ def test_losses_that_couple_the_batch_have_its_gradient(name):
     assert relative(run(0.3, False, **UNEVEN), whole) <= 1e-5 < 1e-3 < relative(run(0.0, True, **UNEVEN), whole)
 
 
-@pytest.mark.parametrize("critic", ["separate", "shared"])
+@pytest.mark.parametrize("critic", [pytest.param("separate", marks=pytest.mark.slow), "shared"])
 def test_policy_and_critic_of_ppo(critic):
     """Each has its own; a shared one is the policy's. A dense critic beside a sparse policy has none."""
     config = ppo.Config(critic=critic, num_ppo_epochs=1)

@@ -47,7 +47,7 @@ def vocabulary_bytes(pairs: int, **options: int) -> int:
     return temporary_bytes(VOCAB, pairs, **options) - temporary_bytes(VOCAB // 100, pairs, **options)
 
 
-@pytest.mark.parametrize("pairs", [1, 4])
+@pytest.mark.parametrize("pairs", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_step_never_holds_logits_of_all_predictions(pairs):
     """Beside gradients and updates, two chunks of a row's 320 predictions: a fifth of all their logits."""
     gradients = 3 * 32 * VOCAB * 4

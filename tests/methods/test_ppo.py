@@ -627,6 +627,7 @@ def make_source(config, models, frozen, texts=()):
     return OnlineSource(ppo, config, parts, layout, one_device(), key=KEY)
 
 
+@pytest.mark.slow
 def test_a_source_mixes_texts_into_its_batches():
     """Loss and gradient are those of the rollout alone plus `ptx_coef` times those of SFT on the texts that are due.
 

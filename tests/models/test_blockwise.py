@@ -45,7 +45,7 @@ def both_ways(rows, mask, dtype, **options):
     return out, grads
 
 
-@pytest.mark.parametrize(("size", "window"), [(32, None), (50, 9), (160, None)])
+@pytest.mark.parametrize(("size", "window"), [pytest.param(32, None, marks=pytest.mark.slow), (50, 9), (160, None)])
 def test_blocks_and_the_whole_agree(rows, size, window):
     with jax.enable_x64(True):
         for dtype, bound in ((jnp.float64, 1e-12), (jnp.float32, 1e-5)):

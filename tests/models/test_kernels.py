@@ -104,6 +104,7 @@ def run_step(method, config, model, variables, batch):
     return jax.tree.map(jnp.subtract, after.params, state.params), metrics["loss"]
 
 
+@pytest.mark.slow
 def test_a_preference_step_is_the_same_by_splash():
     """Shared prompts by XLA against unshared ones by the kernel: windows, soft-cap, rematerialised, micro-batches."""
     model, variables = tiny_model(num_layers=2, windows=(None, 9), attention_softcap=5.0)

@@ -74,7 +74,7 @@ def test_the_product_and_its_gradient(kind):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), got, wanted)
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_a_model_over_quantised_weights_is_the_model_over_what_they_mean(kind):
     """Trained, in the sampler's form, and exported: all three see the same weights."""
     model, variables = tiny_model(num_layers=2, windows=(None, None))

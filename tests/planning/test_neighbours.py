@@ -122,6 +122,7 @@ def test_a_suggestion_is_compiled(bare, tmp_path):
     assert [each.plan and each.plan.peak for each in found] == peaks
 
 
+@pytest.mark.slow
 def test_the_walk_goes_on_past_what_run_refuses(bare, tmp_path, monkeypatch):
     stage = stage_of(tmp_path, offline(bare, {"name": "sft"}))
     plan = plan_stage(stage)

@@ -92,6 +92,7 @@ def test_work_of_a_step(bare, tmp_path):
     assert device_bytes(adapter.held["optimizer"]) == 2 * 4 * LAYERS * 4 * ends + 20
 
 
+@pytest.mark.slow
 def test_ppo_with_critic_and_reward_model(bare, tmp_path):
     scorer = str(bare.parent / "scorer")
     settings = online(bare, {"name": "ppo", "critic": "separate"}, rollout={"rewards": [{"model": scorer}]})

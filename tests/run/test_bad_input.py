@@ -185,6 +185,7 @@ def test_a_read_only_folder(settings, read_only, tmp_path_factory, cli):
     assert not (read_only / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk(settings, write_config, cli):
     """No file may grow beyond some size once a checkpoint is there: the run stops with a message, and goes on later."""
     settings["train"] |= {"max_steps": 40, "save_steps": 2, "eval_steps": 1000}

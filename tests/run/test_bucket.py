@@ -59,6 +59,7 @@ def records(memory, stage: str) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_machine(staged, memory, tmp_path, monkeypatch):
     config = parse_config(staged)
     monkeypatch.setenv("JAXALIGN_SCRATCH", str(tmp_path / "whole"))

@@ -79,6 +79,7 @@ def test_a_dpo_run_resumes_exactly_and_exports_both(lora, monkeypatch, tmp_path,
     command("sample", folder / "adapter", "--prompt", "the cat", "--max-new-tokens", 3)
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_on_from_a_folder(lora):
     """The reference then begins with it too; a base that is an adapter's folder has it merged."""
     first = run(parse_config(lora | {"name": "first"}))

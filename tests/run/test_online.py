@@ -279,14 +279,8 @@ BUFFERS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("method", "times"),
-    [
-        ("grpo", 1),
-        pytest.param("grpo", 3, marks=pytest.mark.slow),
-        pytest.param("ppo", 3, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "times"), [("grpo", 3), ("ppo", 3)])
 def test_killed_in_the_middle_of_a_rollout_buffer(method, times, online, texts, write_config, cli):
     online["method"] = {"name": method, "max_completion_length": 8, **BUFFERS[method]}
     online["train"] |= {"max_steps": 40, "eval_steps": 20}
@@ -516,10 +510,18 @@ def test_reward_models(online, tiny, tmp_path):
     online["train"] |= {"max_steps": 1}
     own = {"name": "length_target", "options": {"target": 4}, "weight": 2.0}
     named = [{"model": str(fitting)}, own, {"model": str(fitting)}]
-    line = records(start(change(online, "rollout.rewards", named)).folder)[0]
+    folder = start(change(online, "rollout.rewards", named)).folder
+    line = records(folder)[0]
     assert line["rewards/model/mean"] == line["rewards/model_2/mean"]
     total = 2 * line["rewards/model/mean"] + 2 * line["rewards/length_target/mean"]
     assert line["reward"] == pytest.approx(total, rel=1e-5)
+    # Which one scored is part of the run: it does not go on with another in its place.
+    begun = json.loads((folder / "manifest.json").read_text())["stages"]["run"]
+    assert begun["reward_models"] == {str(fitting): models.fingerprint(fitting)}
+    architecture = json.loads((fitting / "config.json").read_text())
+    (fitting / "config.json").write_text(json.dumps(architecture | {"rms_norm_eps": 1e-3}))
+    with pytest.raises(ValueError, match=r"begun with other inputs(.|\n)*reward_models"):
+        start(change(online, "rollout.rewards", named))
 
 
 def test_dynamic_sampling_that_finds_nothing_is_a_message(online, write_config, monkeypatch, capsys):

@@ -94,6 +94,7 @@ def test_from_a_policy_to_a_folder_of_a_classifier(reward_settings, pairs):
     assert judged["max_reward"] <= scores.max() + 1e-3
 
 
+@pytest.mark.slow
 def test_rankings_are_learned_and_resumed(reward_settings, rankings):
     settings = reward_settings
     settings["data"]["path"] = str(rankings)

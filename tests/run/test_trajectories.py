@@ -42,6 +42,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], steps: int) -> 
         assert (len({json.dumps(each) for each in theirs["tokens"]}) > 1) == (name in ("grpo", "ppo"))
 
 
+@pytest.mark.slow
 def test_two_processes_draw_and_learn_as_one_does(tmp_path):
     """The representative of the tests below."""
     short = {"methods": ["grpo"], "steps": 3}

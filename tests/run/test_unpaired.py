@@ -49,7 +49,7 @@ def untimed(folder):
     return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines(folder)]
 
 
-@pytest.mark.parametrize("method", OWN)
+@pytest.mark.parametrize("method", ["kto", pytest.param("bco", marks=pytest.mark.slow)])
 def test_from_thumbs_to_a_policy_and_on_from_a_checkpoint(unpaired, method):
     """With partial last batches; what is cut off after a checkpoint comes again bit for bit."""
     unpaired["method"] = {"name": method, "desirable_weight": 0.8}

@@ -49,7 +49,9 @@ def test_greedy_is_the_argmax_of_a_full_pass(drawn):
         np.testing.assert_allclose(samples.sampler_logps[row], at.max(-1), atol=1e-4)
 
 
-@pytest.mark.parametrize("axes", [MeshConfig(2, 1, 1, 4), MeshConfig(1, 1, 2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "axes", [MeshConfig(2, 1, 1, 4), pytest.param(MeshConfig(1, 1, 2, 4), marks=pytest.mark.slow)], ids=str
+)
 def test_experts_on_a_mesh_draw_the_same(drawn, axes):
     _, variables, prompts, samples = drawn
     mesh = make_mesh(axes)

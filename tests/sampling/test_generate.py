@@ -157,6 +157,7 @@ def test_a_row_without_prompt_draws_nothing(run, padded, free):
     np.testing.assert_array_equal(samples.tokens[::2], free.tokens[::2])
 
 
+@pytest.mark.slow
 def test_a_table_of_positions_ends_completions(pad):
     config = ModelConfig(
         family="gpt2",

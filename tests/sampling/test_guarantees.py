@@ -127,9 +127,8 @@ def smollm2_loaded(smollm2):
     return *load(smollm2), load_tokenizer(smollm2)
 
 
-@pytest.mark.parametrize(
-    "temperature", [0.7, pytest.param(1.0, marks=pytest.mark.slow), pytest.param(1.3, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 def test_sampler_and_trainer_agree_on_smollm2(smollm2_loaded, pad, temperature):
     """Ragged prompts, several completions of each that end at different lengths, and fewer slots than completions."""
     model, variables, tokenizer = smollm2_loaded

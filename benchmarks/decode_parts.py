@@ -13,6 +13,7 @@ import argparse
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,7 +63,7 @@ def main() -> None:
         seconds, calls = times(Path(folder))
     steps = int(cast("dict[str, Any]", samples.counters)["decode_steps"])
     total = Counter[str]()
-    parts = parts_of(text, model.config.vocab_size)
+    parts = parts_of(text, model.config.vocab_size, part_of)
     for name, took in seconds.items():
         if name in parts and calls[name] >= steps:
             total[parts[name]] += took
@@ -86,8 +87,12 @@ def times(folder: Path) -> tuple[Counter[str], Counter[str]]:
     return seconds, calls
 
 
-def parts_of(text: str, vocab_size: int) -> dict[str, str]:
-    """The part that each instruction of a compiled program belongs to, those inside fusions left out."""
+def parts_of(text: str, vocab_size: int, part_of: Callable[[str, bool, bool], str]) -> dict[str, str]:
+    """What `part_of` makes of each instruction of a compiled program, those inside fusions left out.
+
+    It is told the operation that the instruction comes from, whether it is a product, and whether its result is as wide
+    as the vocabulary.
+    """
     bodies = dict(re.findall(r"^%(\S+) \(.*?\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL))
     fused = set(re.findall(r"calls=%([\w.\-]+)", text))
     parts = {}

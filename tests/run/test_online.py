@@ -510,17 +510,18 @@ def test_reward_models(online, tiny, tmp_path):
     online["train"] |= {"max_steps": 1}
     own = {"name": "length_target", "options": {"target": 4}, "weight": 2.0}
     named = [{"model": str(fitting)}, own, {"model": str(fitting)}]
-    folder = start(change(online, "rollout.rewards", named)).folder
-    line = records(folder)[0]
+    result = start(change(online, "rollout.rewards", named))
+    line = records(result.folder)[0]
     assert line["rewards/model/mean"] == line["rewards/model_2/mean"]
     total = 2 * line["rewards/model/mean"] + 2 * line["rewards/length_target/mean"]
     assert line["reward"] == pytest.approx(total, rel=1e-5)
     # Which one scored is part of the run: it does not go on with another in its place.
-    begun = json.loads((folder / "manifest.json").read_text())["stages"]["run"]
+    begun = json.loads((result.folder / "manifest.json").read_text())["stages"]["run"]
     assert begun["reward_models"] == {str(fitting): models.fingerprint(fitting)}
     architecture = json.loads((fitting / "config.json").read_text())
     (fitting / "config.json").write_text(json.dumps(architecture | {"rms_norm_eps": 1e-3}))
-    with pytest.raises(ValueError, match=r"begun with other inputs(.|\n)*reward_models"):
+    shutil.rmtree(result.stages[0].folder / "export")  # as if stopped before the export
+    with pytest.raises(ValueError, match=r"(?s)begun with other inputs.*reward_models.*fitting"):
         start(change(online, "rollout.rewards", named))
 
 

@@ -1,7 +1,7 @@
 """Where the time of a PPO update goes: what XLA's profiler says of each operation of policy's and critic's passes.
 
     taskset -c 0 python benchmarks/update_parts.py [MODEL] [--remat dots_attention] [--micro-batch-size 4]
-        [--length 352]
+        [--length 224]
 
 MODEL is a Hugging Face folder or a GGUF file; the 5M Llama of `run.py` without. 16 prompts as long as `run.py`'s, each
 with 64 tokens drawn for it. On one core, as above, operations do not overlap and their times add up. The seconds
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", type=Path)
     parser.add_argument("--remat", default="dots_attention", help="as model.remat")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="as train.micro_batch_size")
-    parser.add_argument("--length", type=int, default=352, help="as train.row_length")
+    parser.add_argument("--length", type=int, default=224, help="as train.row_length")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.model is None:

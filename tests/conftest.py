@@ -22,6 +22,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HOME"] = CACHES.name
 os.environ["HF_DATASETS_CACHE"] = f"{CACHES.name}/datasets"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # the workers compile for TPUs beside each other
 
 import jax  # noqa: E402
 

@@ -14,6 +14,7 @@ import jax
 from jax.experimental import topologies
 
 from jaxalign.extras import install
+from jaxalign.run.backend import tpu_chips
 from jaxalign.run.hardware import peak_of
 
 GIB = 2**30
@@ -107,6 +108,9 @@ def _set_flags() -> None:
         # It ends the process that gives it a flag it does not know.
         known = [flag for flag in missing if text.find(flag.split("=")[0].removeprefix("--").encode()) >= 0]
     os.environ["LIBTPU_INIT_ARGS"] = " ".join([*known, given]).strip()
+    if not tpu_chips():
+        # It takes a lock on the machine's chips, which keeps a second plan out even where there are none.
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
 def chip_of(device: Any) -> Chip:

@@ -38,7 +38,9 @@ def compute(method, dtype, changes, mesh, **layout):
     return gradient(method, config, model, variables, batch)
 
 
-@pytest.mark.parametrize("case", [*list(CASES)[:3], pytest.param("sft with experts", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=pytest.mark.slow if "experts" in name else ()) for name in CASES]
+)
 @pytest.mark.usefixtures("compiled_quickly")
 def test_losses_and_gradients_are_those_of_one_device(case, monkeypatch):
     method, sizes, changes, layout = CASES[case]

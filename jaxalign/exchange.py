@@ -1,7 +1,7 @@
 """Small values between processes: what one has found, or what each has, known to all; a no-op for one process.
 
-`from_first` and `from_all` are programs on the devices, for the main thread. `Messages` go beside them, for threads in
-the background and for waiting long.
+`from_first`, `from_all` and `on_host` are programs on the devices, for the main thread. `Messages` go beside them, for
+threads in the background and for waiting long.
 """
 
 from __future__ import annotations
@@ -46,6 +46,13 @@ def from_all(array: np.ndarray) -> np.ndarray:
     # As bytes: on the devices float64 would become float32.
     parts = np.asarray(multihost_utils.process_allgather(array.reshape(-1).view(np.uint8)))
     return parts.reshape(jax.process_count(), -1).view(array.dtype).reshape(jax.process_count(), *array.shape)
+
+
+def on_host(array: Any) -> np.ndarray:
+    """An array of the devices on the host, whole on every process; all call this. One of numpy comes back as it is."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
 
 
 class Messages:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxalign.exchange import from_first, is_first, on_host
 from jaxalign.files import writing
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.families import FAMILIES, tensors, to_hf
@@ -142,7 +143,8 @@ def save(
       ValueError: a value does not fit into float16; a model with both an LM head and a score head.
     """
     folder, config = Path(folder), model.config
-    if folder.exists() and not overwrite:
+    # What the first process saw, on all: it writes on while another may not have looked yet.
+    if from_first(lambda: folder.exists() and not overwrite):
         raise FileExistsError(f"{folder} exists; choose another folder or set overwrite")
     if config.score_head:
         config, tokenizer = with_padding(config, tokenizer)
@@ -152,8 +154,7 @@ def save(
             )
     hf, params = to_hf(config), exportable(config, variables)
     shards = _shards(_plan(config, params), jnp.dtype(dtype).itemsize, max_shard_size)
-    first = jax.process_index() == 0
-    with writing(folder), _replaced_at_end(folder) if first else _nowhere() as place:
+    with writing(folder), _replaced_at_end(folder) if is_first() else _nowhere() as place:
         for file, planned in shards.items():
             _write_safetensors(place / file if place else None, planned, params, dtype)
         if place:
@@ -258,7 +259,7 @@ def _write_safetensors(
     with open(path or os.devnull, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in planned:
-            gathered = join((part, _gather(_leaf(params, part), part.place)) for part in tensor.parts)
+            gathered = join((part, on_host(_one(params, part))) for part in tensor.parts)
             file.write(np.ascontiguousarray(_cast(tensor.name, gathered, dtype)).reshape(-1).view(np.uint8).data)
 
 
@@ -275,12 +276,10 @@ def _leaf(params: Mapping[str, Any], tensor: Tensor) -> Any:
     return leaf
 
 
-def _gather(leaf: Array, place: tuple[int, ...]) -> np.ndarray:
-    """One tensor of a leaf on the host, whole on every process."""
-    one = leaf[place] if place else leaf
-    if isinstance(one, jax.Array) and not one.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(one, tiled=True))
-    return np.asarray(one)
+def _one(params: Mapping[str, Any], tensor: Tensor) -> Array:
+    """The part of a leaf that is one tensor: of stacked layers one."""
+    leaf = _leaf(params, tensor)
+    return leaf[tensor.place] if tensor.place else leaf
 
 
 def _write_configs(place: Path, hf: Mapping[str, Any], dtype: ExportDType) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxalign.exchange import is_first, on_host
 from jaxalign.models.config import LoraConfig, ModelConfig
 from jaxalign.models.families import tensors
 from jaxalign.models.freezing import whole
@@ -257,6 +258,8 @@ def load_adapter(path: str | Path, model: Model, variables: Variables) -> tuple[
 def save_adapter(folder: str | Path, config: ModelConfig, variables: Variables, *, base_model: str) -> Path:
     """Writes the adapter as a folder that PEFT loads, a score head with it.
 
+    On several processes, all must call this; the first writes.
+
     Args:
       folder: where to; made if needed, its two files replaced.
       config: of the model.
@@ -268,10 +271,10 @@ def save_adapter(folder: str | Path, config: ModelConfig, variables: Variables, 
         own = at(variables["lora"], module.path)
         if own:
             for name, leaf in (("lora_A", own["a"]), ("lora_B", own["b"])):
-                found[f"{PREFIX}{module.name}.{name}.weight"] = np.ascontiguousarray(np.asarray(leaf[module.repeat]).T)
+                found[f"{PREFIX}{module.name}.{name}.weight"] = np.ascontiguousarray(on_host(leaf[module.repeat]).T)
     heads = [tensor for tensor in tensors(config) if tensor.path[0] == "score" and config.score_head]
     for tensor in heads:
-        found[PREFIX + tensor.name] = np.ascontiguousarray(np.asarray(at(variables["params"], tensor.path)).T)
+        found[PREFIX + tensor.name] = np.ascontiguousarray(on_host(at(variables["params"], tensor.path)).T)
     chosen = [module for module in modules(config) if at(variables["lora"], module.path)]
     content = {
         "peft_type": "LORA",
@@ -288,6 +291,8 @@ def save_adapter(folder: str | Path, config: ModelConfig, variables: Variables, 
         "bias": "none",
         "inference_mode": True,
     }
+    if not is_first():
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.astype(np.float32) for name, tensor in found.items()}, folder / WEIGHTS_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -106,11 +106,12 @@ def run_stage(
     say(f"{title}: {result.reason.replace('_', ' ')} after {result.step} steps, writing {export}")
     ends = models.end_ids(ready.model.config, ready.data.tokenizer)
     model, variables = finish_scores(ready, _exported(ready, result.state.params, frozen), say)
-    if stage.lora is not None and jax.process_index() == 0:
+    if stage.lora is not None:
         adapter = folder / "adapter"
         with writing(adapter):
             models.save_adapter(adapter, model.config, variables, base_model=stage.model.path)
-            ready.data.tokenizer.save_pretrained(adapter)
+            if is_first():
+                ready.data.tokenizer.save_pretrained(adapter)
         say(f"{title}: the adapter alone is in {adapter}")
     if stage.export.critic:
         say(f"{title}: the critic is in {export_critic(ready, folder, trained, result.state.params, frozen)}")

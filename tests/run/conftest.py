@@ -129,11 +129,33 @@ def cli(tmp_path_factory) -> Callable[..., subprocess.Popen]:
 
     def start(*arguments: str | Path, **changes: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "jaxalign", *map(str, arguments)]
-        return subprocess.Popen(
-            command, env=environment | changes, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
-        )
+        return begin(command, environment | changes)
 
     return start
+
+
+STARTED: list[subprocess.Popen] = []
+
+
+def begin(command: list[str], environment: dict[str, str]) -> subprocess.Popen:
+    """Starts a process whose output can be read; it ends with the test at the latest."""
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    )
+    STARTED.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    """What a failed test has left running, or unread, must not fail the next one."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            process.terminate()
+        if process.stdout is not None and not process.stdout.closed:
+            process.communicate(timeout=120)
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:

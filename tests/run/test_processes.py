@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxalign.run.processes import LOST, MEND, SAVED, Group, code_of, find_group
-from tests.run.conftest import ROOT, wait_until
+from tests.run.conftest import ROOT, begin, wait_until
 from tests.run.test_resume import lines, saving, unfinished
 from tests.together import run_together
 
@@ -109,14 +109,7 @@ def start(command) -> Callable[..., subprocess.Popen]:
 
     def run(processes: int, devices: int, *arguments: str | Path) -> subprocess.Popen:
         script = [ROOT / "launch/local.sh", "-n", processes, "-d", devices, "-r", 1]
-        return subprocess.Popen(
-            [str(word) for word in (*script, *arguments)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-        )
+        return begin([str(word) for word in (*script, *arguments)], environment)
 
     return run
 

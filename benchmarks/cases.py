@@ -83,8 +83,10 @@ def write_llama5m(folder: Path, seed: int = 0) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def ragged_pairs(count: int, vocab_size: int, eos_id: int, seed: int = 0) -> list[Pair]:
-    """Random pairs: prompts of 60 to 140 tokens, completions of 20 to 120 (EOS included), uniform and independent."""
+def ragged_pairs(
+    count: int, vocab_size: int, eos_id: int, seed: int = 0, prompt_lengths: tuple[int, int] = PROMPT_LENGTHS
+) -> list[Pair]:
+    """Random pairs; lengths are uniform and independent, those of completions 20 to 120 (EOS included)."""
     draw = np.random.default_rng(seed)
 
     def ids(lengths: tuple[int, int]) -> list[int]:
@@ -93,7 +95,7 @@ def ragged_pairs(count: int, vocab_size: int, eos_id: int, seed: int = 0) -> lis
         return np.where(tokens == eos_id, SPECIAL_IDS + (eos_id == SPECIAL_IDS), tokens).tolist()
 
     return [
-        Pair(ids(PROMPT_LENGTHS), [*ids(COMPLETION_LENGTHS)[:-1], eos_id], [*ids(COMPLETION_LENGTHS)[:-1], eos_id])
+        Pair(ids(prompt_lengths), [*ids(COMPLETION_LENGTHS)[:-1], eos_id], [*ids(COMPLETION_LENGTHS)[:-1], eos_id])
         for _ in range(count)
     ]
 
@@ -197,11 +199,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--count", type=int, required=True, help="pairs")
+    parser.add_argument("--prompt-lengths", type=int, nargs=2, default=PROMPT_LENGTHS, metavar=("LEAST", "MOST"))
     args = parser.parse_args()
     if args.model.name == "llama5m":
         write_llama5m(args.model)
     config = json.loads((args.model / "config.json").read_text())
-    write_pairs(args.data, ragged_pairs(args.count, config["vocab_size"], config["eos_token_id"]))
+    least, most = args.prompt_lengths
+    pairs = ragged_pairs(args.count, config["vocab_size"], config["eos_token_id"], prompt_lengths=(least, most))
+    write_pairs(args.data, pairs)
 
 
 if __name__ == "__main__":

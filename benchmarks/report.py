@@ -103,7 +103,8 @@ def page(sections: Mapping[str, Mapping[str, Any]]) -> str:
     """RESULTS.md.
 
     Args:
-      sections: by `model/task` or `model/task/batch size`, as `run.py` keeps them in results.json.
+      sections: by `model/task`, with `/batch 32` or `/prompts of 8 to 24` where they are not the usual ones, as
+        `run.py` keeps them in results.json.
     """
     lines = [
         "# Results",
@@ -120,7 +121,7 @@ def page(sections: Mapping[str, Mapping[str, Any]]) -> str:
 
 def section(name: str, found: Mapping[str, Any]) -> list[str]:
     """One task on one model."""
-    model, task, *batch = name.split("/")
+    model, task, *other = name.split("/")
     kind, runs = KINDS[task], found["runs"]
     versions = {
         run["trainer"]: ", ".join(f"{library} {number}" for library, number in run["versions"].items())
@@ -128,7 +129,7 @@ def section(name: str, found: Mapping[str, Any]) -> list[str]:
         if "failed" not in run
     }
     return [
-        f"## {', '.join([kind.title, model, *(f'batch {size}' for size in batch)])}",
+        f"## {', '.join([kind.title, model, *other])}",
         "",
         f"Command: `{found['command']}`  ",
         f"Machine: {found['machine']}, {found['date']}  ",

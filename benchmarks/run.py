@@ -114,6 +114,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=["llama5m", "smollm2"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="by default a choice that depends on the task")
     parser.add_argument("--batch-size", type=int, help="examples per step, or completions at the same time")
+    parser.add_argument("--prompt-lengths", nargs=2, metavar=("LEAST", "MOST"), help="tokens; 60 to 140 by default")
     parser.add_argument("--steps", type=int, help="measured steps of one repetition")
     parser.add_argument("--warmup", type=int)
     parser.add_argument("--repeats", type=int, help="fresh processes of each variant")
@@ -166,7 +167,9 @@ def prepare(args: argparse.Namespace, model: str) -> tuple[Path, Path]:
         subprocess.run([python, "-c", convert, "convert", args.gguf, folder], check=True, env=ENVIRONMENT)
     tasks = [chosen(args, model, task) for task in args.tasks]
     count = max(max(task.prompts, task.batch_size * (task.steps + task.warmup)) for task in tasks)
-    subprocess.run([python, HERE / "cases.py", "--model", folder, "--data", rows, "--count", str(count)], check=True)
+    command = [python, HERE / "cases.py", "--model", folder, "--data", rows, "--count", str(count)]
+    command += ["--prompt-lengths", *args.prompt_lengths] if args.prompt_lengths else []
+    subprocess.run(command, check=True)
     return folder, rows
 
 
@@ -216,9 +219,10 @@ def begin(args: argparse.Namespace, plan: Task, command: str) -> dict:
     }
 
 
-def key_of(model: str, task: str, plan: Task) -> str:
-    """Where results.json keeps a case; another batch size than usual makes another case."""
-    return f"{model}/{task}" + (f"/{plan.batch_size}" if plan.batch_size != TASKS[task].batch_size else "")
+def key_of(model: str, task: str, plan: Task, prompt_lengths: list[str] | None) -> str:
+    """Where results.json keeps a case; another batch size than usual, or other prompts, make another case."""
+    batch = f"/batch {plan.batch_size}" if plan.batch_size != TASKS[task].batch_size else ""
+    return f"{model}/{task}{batch}" + (f"/prompts of {' to '.join(prompt_lengths)}" if prompt_lengths else "")
 
 
 def main(argv: list[str]) -> None:
@@ -231,10 +235,10 @@ def main(argv: list[str]) -> None:
     command = shlex.join(["python", "benchmarks/run.py", *without_paths(argv)])
     sections = json.loads(args.results.read_text())["sections"] if args.results.exists() else {}
     plans = [(model, task, chosen(args, model, task)) for model in args.models for task in args.tasks]
-    fresh = {key_of(*each): begin(args, each[2], command) for each in plans}
+    fresh = {key_of(*each, args.prompt_lengths): begin(args, each[2], command) for each in plans}
     for repeat in range(max(plan.repeats for *_, plan in plans)):
         for model, task, plan in plans:
-            key = key_of(model, task, plan)
+            key = key_of(model, task, plan, args.prompt_lengths)
             for name in plan.variants if repeat < plan.repeats else ():
                 run = measure(args, name, task, plan, *places[model])
                 sections[key] = fresh[key]

@@ -42,9 +42,10 @@ add_flags() {
 }
 
 set_flags() {
-  local tpu cuda
+  local tpu cuda accelerated=''
   tpu=$(package libtpu)
   if [[ -n $tpu ]]; then
+    accelerated=yes
     add_flags LIBTPU_INIT_ARGS "$tpu" \
       --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true \
       --xla_tpu_enable_async_collective_fusion_multiple_steps=true \
@@ -56,6 +57,7 @@ set_flags() {
   for cuda in jax_plugins.xla_cuda13 jax_plugins.xla_cuda12; do
     cuda=$(package "$cuda")
     if [[ -n $cuda ]]; then
+      accelerated=yes
       add_flags XLA_FLAGS "$cuda" \
         --xla_gpu_enable_latency_hiding_scheduler=true \
         --xla_gpu_enable_pipelined_all_gather=true \
@@ -64,6 +66,9 @@ set_flags() {
       break
     fi
   done
+  # XLA's CPU backend asks for a step's temporary memory anew in every step: in pages of 2 MiB the kernel hands it out
+  # sooner, where it lets programs ask for them. Read by glibc alone.
+  [[ -n $accelerated ]] || export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}
 }
 
 ask() { curl -sf -m 3 -H 'Metadata-Flavor: Google' "$JAXALIGN_METADATA/$1" 2> /dev/null; }

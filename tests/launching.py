@@ -17,7 +17,7 @@ TOOLS = ("gcloud", "kubectl", "sbatch", "srun", "scontrol", "sky", "curl", "jaxa
 STAND_IN = r"""#!{python} -S
 import json, os, re, sys
 call = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
-names = ("JAXALIGN_", "XLA_", "LIBTPU_", "CUDA_VISIBLE", "JAX_PLATFORMS")
+names = ("JAXALIGN_", "XLA_", "LIBTPU_", "CUDA_VISIBLE", "JAX_PLATFORMS", "GLIBC_")
 record = {{"call": call, "env": {{k: v for k, v in os.environ.items() if k.startswith(names)}}}}
 if call[0] == "kubectl" and call[-1] == "-":
     record["stdin"] = sys.stdin.read()
@@ -55,7 +55,7 @@ class Cloud:
         self.rules.write_text(json.dumps(rules))
 
     def start(self, *command: str | Path, **environment: str) -> subprocess.Popen:
-        other = ("JAXALIGN", "XLA", "JAX_", "SLURM", "LIBTPU", "CUDA_VISIBLE")
+        other = ("JAXALIGN", "XLA", "JAX_", "SLURM", "LIBTPU", "CUDA_VISIBLE", "GLIBC_")
         kept = {k: v for k, v in os.environ.items() if not k.startswith(other)}
         return subprocess.Popen(
             [str(word) for word in command],

@@ -65,6 +65,21 @@ def test_without_an_accelerator_there_are_no_flags(cloud):
     assert not {"XLA_FLAGS", "LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(record["env"])
 
 
+@pytest.mark.parametrize("package", ["", "libtpu", "jax_plugins.xla_cuda13"])
+def test_memory_comes_in_large_pages_where_the_cpu_computes(cloud, tmp_path, package):
+    """What the user set stays, also where that is nothing."""
+    if package:
+        folder = tmp_path.joinpath("site", *package.split("."))
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").touch()
+    path = {"PYTHONPATH": str(tmp_path / "site")}
+    for users in ({}, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=2"}, {"GLIBC_TUNABLES": ""}):
+        code, output = cloud.run("launch/worker.sh", CONFIG, **path, **users)
+        assert code == 0, output
+    found = [each["env"].get("GLIBC_TUNABLES") for each in cloud.records() if each["call"][0] == "jaxalign"]
+    assert found == [None if package else "glibc.malloc.hugetlb=1", "glibc.malloc.arena_max=2", ""]
+
+
 SAVES = """#!/bin/bash
 trap 'echo saved; exit 143' TERM
 echo begun

@@ -14,6 +14,7 @@ from jaxalign import sampling
 from jaxalign.methods.offline import Layout
 from jaxalign.models import Model
 from jaxalign.packing import Document, build, pieces_of, plan
+from jaxalign.placing import share_out
 from jaxalign.sampling.choose import Config as SamplingConfig
 from jaxalign.sharding import Mesh, decode_shards, place_batch, process_count, replicated
 from jaxalign.types import Array, Batch, Experience, Max, Mean, Metrics, Min, Predictions, PyTree, Samples, Variables
@@ -149,16 +150,17 @@ def pack_prompts(
 ) -> Batch:
     """Packs the groups of some prompts; the micro-batches are as many as `layout.batch_size` has.
 
-    Supervised documents are shared out evenly between the micro-batches, and come behind their prompts there.
-    Predictions per row are rounded up to an eighth of the most there can be, since every shape compiles anew.
+    They get about as many tokens each, see `arrange`. Supervised documents are shared out evenly between them, and come
+    behind their prompts there. Predictions per row are rounded up to an eighth of the most there can be, since every
+    shape compiles anew.
     """
     micro, size = layout.micro_batch_size, experience.num_generations
-    micro_batches = -(-layout.batch_size // micro)
+    micro_batches = _micro_batches(layout)
     extra = -(-len(supervised) // micro_batches)
     places = micro + extra
-    documents = {i // micro * places + i % micro: document(experience, int(p), fields) for i, p in enumerate(prompts)}
+    order = enumerate(arrange(experience, prompts, layout, share_prompt=share_prompt))
+    documents = {i // micro * places + i % micro: document(experience, int(p), fields) for i, p in order if p >= 0}
     documents |= {i // extra * places + micro + i % extra: each for i, each in enumerate(supervised)}
-    # The last micro-batches may have fewer prompts than places.
     planned = plan(
         [pieces_of(documents[i], share_prompt) if i in documents else [] for i in range(max(documents) + 1)],
         micro_batches=micro_batches,
@@ -169,6 +171,23 @@ def pack_prompts(
         predictions_multiple=max(32, -(-layout.length // 8 // 32) * 32),
     )
     return build(planned, documents, micro_batch_size=places, completions=size, process=layout.process)
+
+
+def arrange(
+    experience: Experience, prompts: Sequence[int] | np.ndarray, layout: Layout, *, share_prompt: bool
+) -> np.ndarray:
+    """int `[micro-batches * micro_batch_size]`, the prompt at each place of a batch; -1 = none.
+
+    Every micro-batch takes as many rows as the one that needs most, so tokens are shared out evenly (`share_out`).
+    """
+    pieces = [pieces_of(document(experience, int(prompt), ()), share_prompt) for prompt in prompts]
+    order = np.full(_micro_batches(layout) * layout.micro_batch_size, -1)
+    order[share_out(pieces, _micro_batches(layout), layout.micro_batch_size)] = prompts
+    return order
+
+
+def _micro_batches(layout: Layout) -> int:
+    return -(-layout.batch_size // layout.micro_batch_size)
 
 
 def run_passes(
@@ -189,14 +208,14 @@ def run_passes(
         members = np.arange(start, min(start + layout.batch_size, total))
         host = pack_prompts(experience, members, layout, share_prompt=share_prompt)
         batch = place_batch(mesh, host)
-        first, predictions = start * experience.num_generations, host.predictions
+        order, predictions = arrange(experience, members, layout, share_prompt=share_prompt), host.predictions
         if layout.processes > 1:
             predictions = multihost_utils.process_allgather(batch.predictions, tiled=True)
         for name, run in passes.items():
             values = run(params, batch)
             if layout.processes > 1:
                 values = multihost_utils.process_allgather(values, tiled=True)
-            _scatter(found[name][first:], np.asarray(values), predictions, layout, experience.num_generations)
+            _scatter(found[name], np.asarray(values), predictions, order, experience.num_generations)
     return replace(experience, fields={**experience.fields, **found})
 
 
@@ -234,11 +253,9 @@ def spread(name: str, values: np.ndarray) -> Metrics:
     }
 
 
-def _scatter(target: np.ndarray, values: np.ndarray, predictions: Predictions, layout: Layout, size: int) -> None:
-    """Writes `[micro, rows, predictions]` into `[completions, steps]`, in place."""
+def _scatter(target: np.ndarray, values: np.ndarray, predictions: Predictions, order: np.ndarray, size: int) -> None:
+    """Writes `[micro, rows, predictions]` into `[completions, steps]`, in place; `order` as `arrange` gives it."""
     completions, steps = np.asarray(predictions.completions), np.asarray(predictions.steps)
-    for micro in range(len(values)):
-        real = completions[micro] >= 0
-        target[micro * layout.micro_batch_size * size + completions[micro][real], steps[micro][real]] = values[micro][
-            real
-        ]
+    for prompts, numbers, own, found in zip(order.reshape(len(values), -1), completions, steps, values, strict=True):
+        real = numbers >= 0
+        target[prompts[numbers[real] // size] * size + numbers[real] % size, own[real]] = found[real]

@@ -26,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1 -- \2/p' $(MAKEFILE_LIST)
 
-# As launch/worker.sh: memory in pages of 2 MiB.
+# Memory in pages of 2 MiB: docs/scale.md.
 quickstart: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 quickstart: $(VENV)/.installed $(MODEL) ## install, fetch SmolLM2-135M-Instruct, fine-tune and align it
 	$(VENV)/bin/jaxalign run configs/quickstart.yaml

@@ -1,6 +1,6 @@
-"""Small values between processes: what one has found, or what each has, known to all; a no-op for one process.
+"""Between processes: what one has found, or what each has, known to all; for one process nothing is sent.
 
-`from_first`, `from_all` and `on_host` are programs on the devices, for the main thread. `Messages` go beside them, for
+`from_first`, `from_all` and `gathered` are programs on the devices, for the main thread. `Messages` go beside them, for
 threads in the background and for waiting long.
 """
 
@@ -48,7 +48,7 @@ def from_all(array: np.ndarray) -> np.ndarray:
     return parts.reshape(jax.process_count(), -1).view(array.dtype).reshape(jax.process_count(), *array.shape)
 
 
-def on_host(array: Any) -> np.ndarray:
+def gathered(array: Any) -> np.ndarray:
     """An array of the devices on the host, whole on every process; all call this. One of numpy comes back as it is."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -74,7 +74,12 @@ def share_out(pieces: Sequence[Sequence[Piece]], micro_batches: int, micro_batch
 
     Every micro-batch takes as many rows as the one that needs most. So each document, the longest first, goes to the
     micro-batch with the fewest tokens, then predictions, of those that have a place left.
+
+    Raises:
+      ValueError: there are more documents than places.
     """
+    if len(pieces) > micro_batches * micro_batch_size:
+        raise ValueError(f"{len(pieces)} examples do not fit {micro_batches} micro-batches of {micro_batch_size}")
     sizes = [(sum(each.size for each in document), sum(each.predictions for each in document)) for document in pieces]
     taken, places = [0] * micro_batches, [0] * len(pieces)
     load = [(0, 0)] * micro_batches

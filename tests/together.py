@@ -47,7 +47,11 @@ def run_together(module: str, processes: int, *words: object, flags: str = "") -
         )
         for number in range(processes)
     ]
-    outputs = [process.communicate(timeout=300)[0] for process in started]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
     for process, output in zip(started, outputs, strict=True):
         assert process.returncode == 0, output
     return outputs

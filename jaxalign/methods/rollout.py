@@ -150,15 +150,15 @@ def pack_prompts(
 ) -> Batch:
     """Packs the groups of some prompts; the micro-batches are as many as `layout.batch_size` has.
 
-    They get about as many tokens each, see `arrange`. Supervised documents are shared out evenly between them, and come
-    behind their prompts there. Predictions per row are rounded up to an eighth of the most there can be, since every
-    shape compiles anew.
+    Prompts are shared out between them by tokens, see `prompts_by_place`; supervised documents by their number, behind
+    the prompts. Predictions per row are rounded up to an eighth of the most there can be, since every shape compiles
+    anew.
     """
     micro, size = layout.micro_batch_size, experience.num_generations
     micro_batches = _micro_batches(layout)
     extra = -(-len(supervised) // micro_batches)
     places = micro + extra
-    order = enumerate(arrange(experience, prompts, layout, share_prompt=share_prompt))
+    order = enumerate(prompts_by_place(experience, prompts, layout, share_prompt=share_prompt))
     documents = {i // micro * places + i % micro: document(experience, int(p), fields) for i, p in order if p >= 0}
     documents |= {i // extra * places + micro + i % extra: each for i, each in enumerate(supervised)}
     planned = plan(
@@ -173,7 +173,7 @@ def pack_prompts(
     return build(planned, documents, micro_batch_size=places, completions=size, process=layout.process)
 
 
-def arrange(
+def prompts_by_place(
     experience: Experience, prompts: Sequence[int] | np.ndarray, layout: Layout, *, share_prompt: bool
 ) -> np.ndarray:
     """int `[micro-batches * micro_batch_size]`, the prompt at each place of a batch; -1 = none.
@@ -208,7 +208,7 @@ def run_passes(
         members = np.arange(start, min(start + layout.batch_size, total))
         host = pack_prompts(experience, members, layout, share_prompt=share_prompt)
         batch = place_batch(mesh, host)
-        order, predictions = arrange(experience, members, layout, share_prompt=share_prompt), host.predictions
+        order, predictions = prompts_by_place(experience, members, layout, share_prompt=share_prompt), host.predictions
         if layout.processes > 1:
             predictions = multihost_utils.process_allgather(batch.predictions, tiled=True)
         for name, run in passes.items():
@@ -254,7 +254,7 @@ def spread(name: str, values: np.ndarray) -> Metrics:
 
 
 def _scatter(target: np.ndarray, values: np.ndarray, predictions: Predictions, order: np.ndarray, size: int) -> None:
-    """Writes `[micro, rows, predictions]` into `[completions, steps]`, in place; `order` as `arrange` gives it."""
+    """Writes `[micro, rows, predictions]` into `[completions, steps]`, in place; `order` by `prompts_by_place`."""
     completions, steps = np.asarray(predictions.completions), np.asarray(predictions.steps)
     for prompts, numbers, own, found in zip(order.reshape(len(values), -1), completions, steps, values, strict=True):
         real = numbers >= 0

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxalign.exchange import from_first, is_first, on_host
+from jaxalign.exchange import from_first, gathered, is_first
 from jaxalign.files import writing
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.families import FAMILIES, tensors, to_hf
@@ -259,8 +259,8 @@ def _write_safetensors(
     with open(path or os.devnull, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in planned:
-            gathered = join((part, on_host(_one(params, part))) for part in tensor.parts)
-            file.write(np.ascontiguousarray(_cast(tensor.name, gathered, dtype)).reshape(-1).view(np.uint8).data)
+            whole = join((part, gathered(_one(params, part))) for part in tensor.parts)
+            file.write(np.ascontiguousarray(_cast(tensor.name, whole, dtype)).reshape(-1).view(np.uint8).data)
 
 
 def _cast(name: str, values: np.ndarray, dtype: ExportDType) -> np.ndarray:

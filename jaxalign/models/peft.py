@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxalign.exchange import is_first, on_host
+from jaxalign.exchange import gathered, is_first
 from jaxalign.models.config import LoraConfig, ModelConfig
 from jaxalign.models.families import tensors
 from jaxalign.models.freezing import whole
@@ -271,10 +271,10 @@ def save_adapter(folder: str | Path, config: ModelConfig, variables: Variables, 
         own = at(variables["lora"], module.path)
         if own:
             for name, leaf in (("lora_A", own["a"]), ("lora_B", own["b"])):
-                found[f"{PREFIX}{module.name}.{name}.weight"] = np.ascontiguousarray(on_host(leaf[module.repeat]).T)
+                found[f"{PREFIX}{module.name}.{name}.weight"] = np.ascontiguousarray(gathered(leaf[module.repeat]).T)
     heads = [tensor for tensor in tensors(config) if tensor.path[0] == "score" and config.score_head]
     for tensor in heads:
-        found[PREFIX + tensor.name] = np.ascontiguousarray(on_host(at(variables["params"], tensor.path)).T)
+        found[PREFIX + tensor.name] = np.ascontiguousarray(gathered(at(variables["params"], tensor.path)).T)
     chosen = [module for module in modules(config) if at(variables["lora"], module.path)]
     content = {
         "peft_type": "LORA",

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxalign.methods.offline import Layout
-from jaxalign.methods.rollout import arrange, pack_prompts, run_passes
+from jaxalign.methods.rollout import pack_prompts, prompts_by_place, run_passes
 from jaxalign.sharding import MeshConfig, make_mesh
 from jaxalign.types import Experience
 
@@ -35,7 +35,7 @@ def test_micro_batches_get_about_as_many_tokens(share_prompt):
     """Each takes as many rows as the one that needs most: 2 rows of 64 where four long prompts together need 4."""
     experience, layout = rollout(), Layout(12, 4, LENGTH)
     members = np.arange(PROMPTS)
-    order = arrange(experience, members, layout, share_prompt=share_prompt)
+    order = prompts_by_place(experience, members, layout, share_prompt=share_prompt)
     assert sorted(order) == [-1, *members]
     held = experience.lengths.reshape(PROMPTS, SIZE).sum(1) + experience.prompt_lengths * (1 if share_prompt else SIZE)
     loads = np.where(order >= 0, held[order], 0).reshape(3, 4).sum(1)

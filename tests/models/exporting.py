@@ -1,4 +1,4 @@
-"""One process of several that exports a model with an adapter; prints what it saw as JSON. Run by `test_export.py`.
+"""One of several processes that export a reward model with an adapter; prints what it saw. Run by `test_export.py`.
 
 Arguments: port, number of processes, this one's number, a base model's folder, a folder to write to.
 """
@@ -14,13 +14,14 @@ from jaxalign import models
 from jaxalign.models import LoraConfig
 from jaxalign.sharding import MeshConfig, make_mesh, param_shardings
 
-LATE = 1.5  # seconds, in which the first process writes all that it has
+LATE = 3.0  # seconds, in which a first process that does not wait has written all
 
 
 def adapted(base: str | Path) -> tuple[models.Model, dict]:
-    """A model with an adapter that changes it; the same on every process."""
+    """A reward model with an adapter that changes it; its head is what an adapter's folder has beside the adapter."""
     config = LoraConfig(r=4, alpha=6, dropout=0.0, target_modules=("q_proj", "down_proj"))
-    model, variables = models.add_lora(*models.load(base), config, jax.random.key(4))
+    scorer = models.add_score_head(*models.load(base), jax.random.key(3))
+    model, variables = models.add_lora(*scorer, config, jax.random.key(4))
     leaves, tree = jax.tree.flatten(variables["lora"])
     keys = jax.random.split(jax.random.key(5), len(leaves))
     lora = [0.1 * jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
@@ -41,13 +42,12 @@ def main(port: str, processes: str, process: str, base: str, folder: str) -> Non
             param_shardings(mesh, host),
         )
         target = Path(folder) / axis
-        for _ in range(2):
-            time.sleep(LATE * int(process))
+        for late in (LATE, 0):
+            time.sleep(late * int(process))
             try:
                 models.save(target / "export", model, placed, None, name="tiny")
             except FileExistsError as error:
                 seen.append(str(error))
-            time.sleep(LATE * int(process))
             models.save_adapter(target / "adapter", model.config, placed, base_model="tiny")
     sys.stdout.write(f"SEEN {json.dumps(seen)}\n")
 

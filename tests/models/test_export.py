@@ -9,7 +9,7 @@ from tests.together import run_together
 
 
 def test_a_process_that_is_late_finds_nothing_in_its_way(tmp_path):
-    """The first writes a replicated model before the second has looked; an existing folder stops both, the same way."""
+    """What the first sees goes: a replicated model it could write before the second has looked."""
     base = tmp_path / "base"
     tiny.write_folder(base, tiny.CONFIGS["qwen2"])
     model, variables = adapted(base)

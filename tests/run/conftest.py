@@ -152,10 +152,14 @@ def nothing_left():
     yield
     while STARTED:
         process = STARTED.pop()
-        if process.poll() is None:
-            process.terminate()
-        if process.stdout is not None and not process.stdout.closed:
-            process.communicate(timeout=120)
+        process.terminate()  # nothing happens to one that has ended
+        if process.stdout is None or process.stdout.closed:
+            continue
+        try:
+            process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.stdout.close()
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:

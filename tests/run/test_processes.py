@@ -143,7 +143,7 @@ def config(tiny, pairs, tmp_path_factory) -> Path:
         "model": {"path": "sft.policy"},
         "method": {"name": "grpo", "num_generations": 3, "max_completion_length": 6, "beta": 0.1},
         "rollout": {"rewards": [{"name": f"{folder}/own.py:tenths"}]},
-        "train": {"batch_size": 4, "micro_batch_size": 4, "max_steps": 2},
+        "train": {"batch_size": 4, "micro_batch_size": 2, "max_steps": 2},
     }
     settings = {
         "runs_dir": str(folder / "runs"),

@@ -154,12 +154,26 @@ def pack_prompts(
     the prompts. Predictions per row are rounded up to an eighth of the most there can be, since every shape compiles
     anew.
     """
+    order = prompts_by_place(experience, prompts, layout, share_prompt=share_prompt)
+    return _pack(experience, order, layout, share_prompt=share_prompt, fields=fields, supervised=supervised)
+
+
+def _pack(
+    experience: Experience,
+    order: np.ndarray,
+    layout: Layout,
+    *,
+    share_prompt: bool,
+    fields: Sequence[str] = (),
+    supervised: Sequence[Document] = (),
+) -> Batch:
+    """`pack_prompts` of prompts that have their places, see `prompts_by_place`."""
     micro, size = layout.micro_batch_size, experience.num_generations
     micro_batches = _micro_batches(layout)
     extra = -(-len(supervised) // micro_batches)
     places = micro + extra
-    order = enumerate(prompts_by_place(experience, prompts, layout, share_prompt=share_prompt))
-    documents = {i // micro * places + i % micro: document(experience, int(p), fields) for i, p in order if p >= 0}
+    taken = [(i, int(prompt)) for i, prompt in enumerate(order) if prompt >= 0]
+    documents = {i // micro * places + i % micro: document(experience, prompt, fields) for i, prompt in taken}
     documents |= {i // extra * places + micro + i % extra: each for i, each in enumerate(supervised)}
     planned = plan(
         [pieces_of(documents[i], share_prompt) if i in documents else [] for i in range(max(documents) + 1)],
@@ -206,9 +220,9 @@ def run_passes(
     total = len(experience.prompts)
     for start in range(0, total, layout.batch_size):
         members = np.arange(start, min(start + layout.batch_size, total))
-        host = pack_prompts(experience, members, layout, share_prompt=share_prompt)
-        batch = place_batch(mesh, host)
-        order, predictions = prompts_by_place(experience, members, layout, share_prompt=share_prompt), host.predictions
+        order = prompts_by_place(experience, members, layout, share_prompt=share_prompt)
+        host = _pack(experience, order, layout, share_prompt=share_prompt)
+        batch, predictions = place_batch(mesh, host), host.predictions
         if layout.processes > 1:
             predictions = multihost_utils.process_allgather(batch.predictions, tiled=True)
         for name, run in passes.items():
